@@ -1,0 +1,67 @@
+"""Checkpoints: safetensors weights and a weights_only-safe state in a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sharding.atomic import TEMPORARY_PREFIX, fsync_folder
+
+_WEIGHTS = "model.safetensors"
+_STATE = "state.pt"
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-NNNNNNNN/` and point `last` at it; returns the checkpoint's folder.
+
+    `state` holds tensors, numbers, strings, lists and dicts only, so that it loads with weights_only=True.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+    torch.save(state, temporary / _STATE)
+    for name in (_WEIGHTS, _STATE):
+        with open(temporary / name, "rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(temporary)
+    if folder.exists():  # left by a run that was killed after this rename and before its `last`
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
+    _point(run / "last", folder)
+    return folder
+
+
+def _point(link: Path, folder: Path) -> None:
+    temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.relative_to(link.parent), target_is_directory=True)
+    temporary.replace(link)
+    fsync_folder(link.parent)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None. One whose name stands without its prefix is whole."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def load_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights into `model`, in place, and return the state, on the CPU.
+
+    Raises ValueError where the checkpoint does not fit the model.
+    """
+    try:
+        model.load_state_dict(load_file(folder / _WEIGHTS))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit the recipe's model: {' '.join(str(error).split())}") from None
+    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,248 @@
+"""The command line: `engine VERB RECIPE [key.path=value ...]`.
+
+Verbs import what they need when they run, so that `engine --help` answers at once. Exit codes: 0 done, 1 failed,
+2 usage, 3 done but something was quarantined, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.console import Output, own_stdout, say
+
+
+class Exit(IntEnum):
+    """What the exit codes mean."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    QUARANTINED = 3
+    INTERRUPTED = 130
+
+
+app = typer.Typer(
+    name="engine",
+    help="Whole-slide images to verified, shuffled shards, and shards to busy GPUs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="A first run: engine synth slides; engine shard shard/tiny slides=slides out=dataset; "
+    "engine verify dataset; engine train train/vittm_hmr_tiny dataset=dataset run=run",
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="a shipped recipe or a path that ends in .yaml")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="set keys of the recipe")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; all else goes to stderr")]
+Local = Annotated[bool, typer.Option("--local", help="run in processes of this machine, without Ray")]
+Address = Annotated[str | None, typer.Option(help="run on a Ray cluster that is already there")]
+
+
+def _keys_of(verb: str) -> Callable[[bool], None]:
+    def show(wanted: bool) -> None:
+        if wanted:
+            from engine.keys import describe_keys
+
+            typer.echo(describe_keys(verb))
+            raise typer.Exit
+
+    return show
+
+
+def _keys_option(verb: str) -> Any:
+    return typer.Option("--keys", is_eager=True, callback=_keys_of(verb), help="list the recipe's keys and stop")
+
+
+@app.command(epilog="Example: engine synth slides --slides 4 --size 4096 --seed 0")
+def synth(
+    out: Annotated[Path, typer.Argument(help="folder for the slides, labels.csv and truth/")],
+    slides: Annotated[int, typer.Option(min=1, help="how many")] = 4,
+    size: Annotated[int, typer.Option(min=512, max=100_000, help="side of level 0 in pixels")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="other seeds, other slides")] = 0,
+    mpp: Annotated[float, typer.Option(help="spacing of level 0 in um/px")] = 0.5,
+    no_mpp: Annotated[bool, typer.Option("--no-mpp", help="state no spacing in the files")] = False,
+    tile: Annotated[int, typer.Option(help="side of the TIFF's JPEG tiles: 256 or 240")] = 256,
+    subsampling: Annotated[str, typer.Option(help="4:2:0 or 4:4:4")] = "4:2:0",
+    photometric: Annotated[str, typer.Option(help="ycbcr, or rgb with 4:4:4")] = "ycbcr",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality")] = 80,
+    pen: Annotated[bool, typer.Option("--pen", help="add pen marks")] = False,
+    hole: Annotated[bool, typer.Option("--hole", help="add a hole in the tissue")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; one per core by default")] = None,
+    json: Json = False,
+) -> None:
+    """Paint H&E-like slides with known truth (Aperio SVS, labels.csv, masks)."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine.synth import run
+
+        result = run(
+            out,
+            slides=slides,
+            size=size,
+            seed=seed,
+            mpp=None if no_mpp else mpp,
+            tile=tile,
+            subsampling=subsampling,
+            photometric=photometric,
+            quality=quality,
+            pen=pen,
+            hole=hole,
+            workers=workers,
+        )
+        return result, f"{slides} slides of {size} px in {out}"
+
+    _finish(*_guard(work), json)
+
+
+@app.command(
+    epilog="Example: engine shard shard/tiny slides=slides/ out=dataset mpp=0.5 workers=8    "
+    "(slides may be a folder, a glob or a CSV)"
+)
+def shard(
+    recipe: Recipe,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be made and write nothing")] = False,
+    local: Local = False,
+    address: Address = None,
+    json: Json = False,
+    _keys: Annotated[bool, _keys_option("shard")] = False,
+) -> None:
+    """Turn slides into a dataset: WebDataset tar shards with a Parquet index.
+
+    An interrupted run is finished by running it again. A slide that cannot be used is recorded with its reason while
+    the others go on, and the exit code is 3.
+    """
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import shard as verb
+        from engine.config import UsageError, apply_overrides, build, read_recipe
+        from engine.recipes import ShardRecipe
+
+        if local and address:
+            raise UsageError("--local and --address contradict each other; give one of them.")
+        resolved = build(ShardRecipe, apply_overrides(read_recipe("shard", recipe), settings or []))
+        result = (verb.dry_run if dry_run else verb.run)(resolved, local=local, address=address)
+        return result, verb.describe(result)
+
+    result, text, code = _guard(work)
+    if code is Exit.DONE and (result["slides"]["quarantined"] or result["patches"]["quarantined"]):
+        code = Exit.QUARANTINED
+    _finish(result, text, code, json)
+
+
+@app.command(epilog="Example: engine train train/vittm_hmr_tiny dataset=dataset run=runs/first steps=60 processes=2")
+def train(
+    recipe: Recipe,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in its folder, or start it")] = False,
+    json: Json = False,
+    _keys: Annotated[bool, _keys_option("train")] = False,
+) -> None:
+    """Train a model on a dataset, on every visible GPU or on the CPU."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import train as verb
+        from engine.config import apply_overrides, read_recipe
+        from engine.recipes import build_train_recipe
+
+        resolved = build_train_recipe(apply_overrides(read_recipe("train", recipe), settings or []))
+        result = verb.run(resolved, resume=resume)
+        return result, verb.describe(result)
+
+    _finish(*_guard(work), json)
+
+
+@app.command(epilog="Example: engine verify dataset --json")
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="a dataset written by `engine shard`")],
+    json: Json = False,
+) -> None:
+    """Read every byte of a dataset and name what has changed since it was written."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import verify as verb
+
+        result = verb.run(dataset)
+        return result, verb.describe(result, dataset)
+
+    result, text, code = _guard(work)
+    if code is Exit.DONE and not result["ok"]:
+        code = Exit.FAILED
+    _finish(result, text, code, json)
+
+
+@app.command(epilog="Example: engine doctor")
+def doctor(json: Json = False) -> None:
+    """Check this machine: versions, GPU, DALI, cuCIM, Ray, and a real read of a small slide by each reader."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import doctor as verb
+
+        result = verb.run()
+        return result, verb.describe(result)
+
+    result, text, code = _guard(work)
+    if code is Exit.DONE and not result["ok"]:
+        code = Exit.FAILED
+    _finish(result, text, code, json)
+
+
+_outputs: list[Output] = []  # the real stdout, while a verb runs
+
+
+def _guard(work: Callable[[], tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], str, Exit]:
+    """Run a verb; a mistake of the user or a failure of the run becomes one sentence and an exit code.
+
+    Anything else is our own error and keeps its traceback.
+    """
+    from engine.errors import sentence
+
+    try:
+        result, text = work()
+    except KeyboardInterrupt:
+        say("engine: interrupted; run the same command again to go on")
+        return {}, "", Exit.INTERRUPTED
+    except Exception as error:
+        found = sentence(error)
+        if found is None:
+            raise
+        text, usage = found
+        say(f"engine: {text}")
+        return {}, "", Exit.USAGE if usage else Exit.FAILED
+    return result, text, Exit.DONE
+
+
+def _finish(result: dict[str, Any], text: str, code: Exit, json: bool) -> None:
+    if result:
+        if json:
+            _outputs[-1].json(result)
+        else:
+            _outputs[-1].print(text)
+    raise typer.Exit(int(code))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The `engine` command."""
+    if any(argument in ("-h", "--help", "--keys") for argument in sys.argv[1:]) or len(sys.argv) < 2:
+        app()
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    with own_stdout() as output:
+        _outputs.append(output)
+        app()
+
+
+if __name__ == "__main__":
+    main()

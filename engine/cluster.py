@@ -1,0 +1,167 @@
+"""`fan_out`: one function over many jobs, in local processes or on Ray. The one module that imports ray.
+
+A job's function must be importable and idempotent: a worker that dies is replaced and its job tried again. A job whose
+worker dies every time becomes a `Crash` instead of ending the run (native readers can crash on hostile files).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from engine.runtime import die_with_parent, usable_cores
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """A job whose worker died on every try."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[JobT, ResultT]):
+    """A job and what came of it."""
+
+    job: JobT
+    result: ResultT | Crash
+
+
+def fan_out(
+    function: Callable[[JobT], ResultT],
+    jobs: Sequence[JobT],
+    *,
+    workers: int | None = None,
+    local: bool = False,
+    address: str | None = None,
+) -> Iterator[Finished[JobT, ResultT]]:
+    """Run `function` on every job and yield each as it finishes, in no particular order.
+
+    Args:
+        workers: processes at a time; None is one per usable core, or all that a running cluster has.
+        local: processes of this machine, without Ray.
+        address: a running Ray cluster; None starts one on this machine and stops it at the end.
+
+    An exception of `function` is raised here and ends the run; jobs already running may still finish.
+    """
+    if not jobs:
+        return
+    if local:
+        yield from _local(function, jobs, min(workers or usable_cores(), len(jobs)))
+    else:
+        yield from _ray(function, jobs, workers, address)
+
+
+def _local(
+    function: Callable[[JobT], ResultT], jobs: Sequence[JobT], workers: int
+) -> Iterator[Finished[JobT, ResultT]]:
+    # One single-process pool per worker: when a process dies it is known whose job it was.
+    pools = [_pool() for _ in range(workers)]
+    queue = [(job, 1) for job in reversed(jobs)]
+    running: dict[Future[ResultT], tuple[int, JobT, int]] = {}
+    free = list(range(workers))
+    try:
+        while queue or running:
+            while queue and free:
+                job, attempt = queue.pop()
+                slot = free.pop()
+                running[pools[slot].submit(function, job)] = (slot, job, attempt)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                slot, job, attempt = running.pop(future)
+                free.append(slot)
+                try:
+                    yield Finished(job, future.result())
+                except BrokenProcessPool:
+                    pools[slot].shutdown(wait=False)
+                    pools[slot] = _pool()
+                    if attempt < TRIES:
+                        queue.append((job, attempt + 1))
+                    else:
+                        yield Finished(job, Crash(_crash_reason()))
+    except BaseException:
+        for pool in pools:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        raise
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
+
+
+def _crash_reason() -> str:
+    return f"the process that read it crashed {TRIES} times"
+
+
+def _ray(
+    function: Callable[[JobT], ResultT], jobs: Sequence[JobT], workers: int | None, address: str | None
+) -> Iterator[Finished[JobT, ResultT]]:
+    with _cluster(workers, address) as ray:
+        # Ray's own retries cannot tell a crash that will repeat; ours are counted per job.
+        remote = ray.remote(num_cpus=1, max_retries=0)(function)
+        slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        queue = [(job, 1) for job in reversed(jobs)]
+        running: dict[Any, tuple[JobT, int]] = {}
+        while queue or running:
+            # A bounded window: the driver never holds more than a few tasks a worker, however many slides there are.
+            while queue and len(running) < 2 * slots:
+                job, attempt = queue.pop()
+                running[remote.remote(job)] = (job, attempt)
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                job, attempt = running.pop(reference)
+                try:
+                    yield Finished(job, ray.get(reference))
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
+                    if attempt < TRIES:
+                        queue.append((job, attempt + 1))
+                    else:
+                        yield Finished(job, Crash(_crash_reason()))
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, Exception) else error from None
+
+
+@contextlib.contextmanager
+def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray reads several settings of its environment when it is imported.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        options |= {"num_cpus": workers or usable_cores(), "include_dashboard": False}
+    else:
+        options |= {"address": address}
+    # Ray puts the driver's current folder first on its workers' import path. A user's folder may hold a `models/` of
+    # its own, so Ray starts from an empty folder; every path in a job is absolute.
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="engine-ray-") as empty:
+        os.chdir(empty)
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise RuntimeError(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None
+        finally:
+            os.chdir(here)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()

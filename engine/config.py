@@ -1,0 +1,138 @@
+"""YAML and `key.path=value` to a frozen recipe, with errors that name the key and the nearest known one.
+
+Order: class default < YAML < command line. A recipe is a file, or the name of a shipped one such as `shard/tiny`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+RecipeT = TypeVar("RecipeT", bound=BaseModel)
+
+
+class UsageError(ValueError):
+    """The user's mistake in a command or a recipe: exit code 2. The message is one clear sentence."""
+
+
+def shipped_recipes(verb: str | None = None) -> list[str]:
+    """Names of the recipes that come with the engine, e.g. `shard/tiny`."""
+    names = []
+    for folder in resources.files("configs").iterdir():
+        if folder.is_dir() and (verb is None or folder.name == verb):
+            names += [f"{folder.name}/{f.name[:-5]}" for f in folder.iterdir() if f.name.endswith(".yaml")]
+    return sorted(names)
+
+
+def read_recipe(verb: str, source: str) -> dict[str, Any]:
+    """The mapping that a recipe file or a shipped recipe holds."""
+    if source.endswith((".yaml", ".yml")):
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"recipe {source}: {error.strerror}.") from None
+    else:
+        known = shipped_recipes(verb)
+        if source not in known:
+            hint = nearest(source, shipped_recipes()) or nearest(f"{verb}/{source}", known)
+            raise UsageError(
+                f"there is no recipe {source!r}{hint} Shipped for `engine {verb}`: {', '.join(known)}; "
+                "a recipe of your own is given as a path that ends in .yaml."
+            )
+        text = (resources.files("configs") / f"{source}.yaml").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {source} is no valid YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"recipe {source} holds a {type(values).__name__}; expected keys and values.")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with each `key.path=value` set; values are read as YAML (`1e-3`, `true`, `[1, 2]`)."""
+    result = _copy(values)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.split(".")
+        if not equals or not all(key.isidentifier() for key in keys):
+            raise UsageError(f"{override!r} is no setting; expected key=value or key.path=value.")
+        target = result
+        for key in keys[:-1]:
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+            if not isinstance(target, dict):
+                raise UsageError(f"{override!r}: {key} is a value, not a group of keys.")
+        target[keys[-1]] = _scalar(text)
+    return result
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-3 for a string
+        except ValueError:
+            return value
+    return value
+
+
+def build(recipe_class: type[RecipeT], values: dict[str, Any], *, prefix: str = "") -> RecipeT:
+    """Validate `values` into a frozen recipe; UsageError in one sentence where they are wrong."""
+    try:
+        return recipe_class.model_validate(values)
+    except ValidationError as error:
+        sentences = [_sentence(recipe_class, item, prefix) for item in error.errors()]
+        raise UsageError(" ".join(dict.fromkeys(sentences))) from None
+
+
+def _sentence(recipe_class: type[BaseModel], item: Any, prefix: str) -> str:
+    # pydantic adds the name of a union's branch to the location; keys of the recipe are what a user knows.
+    keys = [str(part) for part in item["loc"]]
+    owner, known_keys = _descend(recipe_class, keys)
+    name = prefix + ".".join(known_keys)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {name!r}{nearest(known_keys[-1], list(owner.model_fields))}"
+    if item["type"] == "missing":
+        return f"the key {name!r} is missing: give it as {name}=..."
+    message = item["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{name}={item['input']}: {message}." if known_keys else f"{message}."
+
+
+def _descend(recipe_class: type[BaseModel], keys: list[str]) -> tuple[type[BaseModel], list[str]]:
+    owner, path = recipe_class, []
+    for key in keys:
+        path.append(key)
+        field = owner.model_fields.get(key)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        owner = inner
+    return owner, path
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, else `.`."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else (f"; known: {', '.join(sorted(known))}." if known else ".")
+
+
+def dump(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML; given back to the same verb it means the same."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

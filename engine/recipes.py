@@ -1,0 +1,135 @@
+"""The recipes: one frozen class per verb. What a key means stands here, once, and `engine VERB --keys` prints it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from engine.config import UsageError, build, nearest
+from models.config import MODEL_CONFIGS
+from sharding.plan import ShardOptions
+
+
+def _as_text(value: Any) -> Any:
+    # On the command line `out=2026` is YAML for a number; a path is text all the same.
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Place = Annotated[Path, BeforeValidator(_as_text)]
+Text = Annotated[str, BeforeValidator(_as_text)]
+
+
+class _Recipe(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRecipe(_Recipe):
+    """`engine shard`: slides to a dataset."""
+
+    slides: Text = Field(description="folder (searched below too), glob, or CSV (path, slide_id, mpp, further columns)")
+    out: Place = Field(description="folder of the dataset; made where it is missing")
+    mpp: float | Literal["native"] = Field(0.5, description="spacing of the patches in um/px, or native: level 0 as is")
+    context_px: int = Field(256, ge=16, le=8192, description="side of a stored patch")
+    stride_px: int | None = Field(None, ge=16, description="step of the grid; context_px where it is left out")
+    min_tissue: float = Field(0.5, ge=0, le=1, description="smallest share of tissue in a grid cell")
+    quality: int = Field(85, ge=1, le=100, description="JPEG quality of re-encoded patches (4:4:4)")
+    reader: Literal["auto", "cucim", "openslide"] = Field("auto", description="a named reader never falls back")
+    routes: Literal["auto", "decode"] = Field("auto", description="how patches are made; decode is the only one yet")
+    permute: Literal["slide"] = Field("slide", description="a slide's patches share shards, in random order")
+    max_bad_fraction: float = Field(0.5, ge=0, le=1, description="a slide with more damaged patches is quarantined")
+    patches_per_shard: int = Field(4096, ge=1, description="patches in a shard, about")
+    workers: int | Literal["auto"] = Field("auto", description="processes; auto is one per CPU core")
+    seed: int = Field(0, ge=0, description="of the order of the patches inside the shards")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShardRecipe:
+        if isinstance(self.mpp, float) and not 0.01 <= self.mpp <= 100:
+            raise ValueError(f"mpp={self.mpp:g}: expected um/px between 0.01 and 100, or native")
+        if isinstance(self.workers, int) and self.workers < 1:
+            raise ValueError(f"workers={self.workers}: expected 1 or more, or auto")
+        stride = self.stride_px or self.context_px
+        if stride > self.context_px or (self.context_px - stride) % 2:
+            raise ValueError(
+                f"context_px={self.context_px} with stride_px={stride}: expected stride_px <= context_px with an even "
+                "difference, so that a window lies centred on its cell"
+            )
+        return self
+
+    def options(self) -> ShardOptions:
+        """The part that decides the dataset's bytes."""
+        return ShardOptions(
+            mpp=None if self.mpp == "native" else float(self.mpp),
+            context_px=self.context_px,
+            stride_px=self.stride_px or self.context_px,
+            min_tissue=self.min_tissue,
+            quality=self.quality,
+            reader=self.reader,
+            max_bad_fraction=self.max_bad_fraction,
+            patches_per_shard=self.patches_per_shard,
+            seed=self.seed,
+        )
+
+
+class OptimRecipe(_Recipe):
+    """AdamW and its schedule, in optimiser steps."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up; then a cosine")
+    weight_decay: float = Field(0.05, ge=0, description="none on biases and other 1-D parameters")
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm")
+
+
+class TrainRecipe(_Recipe):
+    """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
+
+    dataset: Place = Field(description="a dataset written by `engine shard`")
+    run: Place = Field(description="folder of the run; made where it is missing")
+    model: Any = Field(description="name and keys of a config in models.config")
+    steps: int = Field(ge=1, description="optimiser steps in all")
+    batch_size: int = Field(64, ge=1, description="global, per optimiser step; divisible by the number of processes")
+    crop_px: int = Field(224, ge=16, description="what the model sees; not larger than the stored patch")
+    flips: bool = Field(True, description="random horizontal and vertical flips")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of process tokens that is masked")
+    seed: int = Field(0, ge=0)
+    processes: int | Literal["auto"] = Field("auto", description="ranks; auto is one per visible GPU, else one")
+    loader: Literal["auto", "dali", "torch"] = Field("auto", description="a named loader never falls back")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on a GPU, fp32 on the CPU")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
+    optim: OptimRecipe = OptimRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainRecipe:
+        if isinstance(self.processes, int) and (self.processes < 1 or self.batch_size % self.processes):
+            raise ValueError(
+                f"batch_size={self.batch_size} with processes={self.processes}: expected a batch that divides evenly"
+            )
+        return self
+
+
+def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
+    """Validate a train recipe, `model.*` against the named model's config; its img_size is crop_px."""
+    model = values.get("model")
+    if not isinstance(model, dict) or "name" not in model:
+        raise UsageError("the key 'model.name' is missing: give it as model.name=vittm_hmr.")
+    options = {key: value for key, value in model.items() if key != "name"}
+    name = model["name"]
+    if name not in MODEL_CONFIGS:
+        raise UsageError(f"model.name={name}: there is no such model{nearest(str(name), list(MODEL_CONFIGS))}")
+    crop_px = values.get("crop_px", TrainRecipe.model_fields["crop_px"].default)
+    if options.setdefault("img_size", crop_px) != crop_px:
+        raise UsageError(
+            f"model.img_size={options['img_size']} with crop_px={crop_px}: the model sees the crop, so they are equal."
+        )
+    known = list(MODEL_CONFIGS[name].model_fields)
+    for key in options:
+        if key not in known:
+            raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
+    recipe = build(TrainRecipe, values)
+    config = build(MODEL_CONFIGS[name], options, prefix="model.")
+    resolved = {"name": name, **config.model_dump(mode="json")}
+    return recipe.model_copy(update={"model": resolved})

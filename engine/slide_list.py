@@ -1,0 +1,100 @@
+"""Which slides: a folder, a glob or a CSV; one row per slide, ids unique."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from engine.config import UsageError
+from sharding.dataset import RESERVED_COLUMNS
+
+SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedSlide:
+    """A slide as the user listed it. `columns` are the CSV's further columns, for slides.parquet."""
+
+    slide_id: str
+    path: Path
+    mpp: float | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def list_slides(source: str) -> list[ListedSlide]:
+    """The slides of a folder (searched below too), a glob or a CSV, sorted by slide_id; paths are absolute.
+
+    Raises UsageError where there are none, a listed file is missing, or two slides have one id.
+    """
+    path = Path(source).expanduser()
+    if any(character in source for character in "*?[") and not path.exists():
+        slides = _from_paths(Path(found) for found in glob.glob(str(path), recursive=True))
+        where = f"the pattern {source}"
+    elif path.is_dir():
+        slides = _from_paths(p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
+        where = f"the folder {source} (searched for {', '.join(sorted(SUFFIXES))})"
+    elif path.is_file() and path.suffix.lower() == ".csv":
+        slides = _from_csv(path)
+        where = f"the slide list {source}"
+    elif path.is_file():
+        slides = [ListedSlide(path.stem, path.resolve())]
+        where = source
+    else:
+        raise UsageError(f"slides={source}: there is no such folder or file.")
+    if not slides:
+        raise UsageError(f"slides={source}: no slide in {where}.")
+    first: dict[str, ListedSlide] = {}
+    for slide in slides:
+        other = first.setdefault(slide.slide_id, slide)
+        if other is not slide:
+            raise UsageError(
+                f"two slides have the id {slide.slide_id!r}: {other.path} and {slide.path}. "
+                "Give a CSV with a column slide_id that tells them apart."
+            )
+    return sorted(slides, key=lambda slide: slide.slide_id)
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _from_paths(paths: Iterable[Path]) -> list[ListedSlide]:
+    return [ListedSlide(p.stem, p.resolve()) for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+
+
+def _from_csv(path: Path) -> list[ListedSlide]:
+    try:
+        table = pl.read_csv(path, infer_schema_length=None, schema_overrides={"slide_id": pl.String, "path": pl.String})
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UsageError(f"slide list {path}: {' '.join(str(error).split())}") from None
+    if "path" not in table.columns:
+        raise UsageError(f"slide list {path} has the columns {', '.join(table.columns)}; expected one named path.")
+    taken = RESERVED_COLUMNS - {"slide_id", "path", "mpp"}
+    clash = sorted(taken & set(table.columns))
+    if clash:
+        raise UsageError(f"slide list {path}: slides.parquet has its own column {clash[0]!r}; rename yours.")
+    slides = []
+    for number, row in enumerate(table.iter_rows(named=True), start=2):
+        if not row["path"]:
+            raise UsageError(f"slide list {path}, line {number}: path is empty.")
+        file = Path(row.pop("path")).expanduser()
+        file = (file if file.is_absolute() else path.parent / file).resolve()
+        slide_id = row.pop("slide_id", None) or file.stem
+        slides.append(ListedSlide(slide_id, file, _mpp(path, number, row.pop("mpp", None)), row))
+    return slides
+
+
+def _mpp(path: Path, number: int, value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"slide list {path}, line {number}: mpp={value}; expected um/px as a number.") from None

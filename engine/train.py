@@ -1,0 +1,191 @@
+"""`engine train`: dataset to run. Starts the ranks, or is one of those that torchrun started."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from typing import Any
+
+from engine.config import UsageError
+from engine.recipes import TrainRecipe
+from engine.rundir import prepare_run, read_metrics
+from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
+from sharding.index import open_dataset
+from sharding.lock import folder_lock
+
+# Draws of the mask, beside those of the loader's views, which are numbered from 0.
+_MASK_DRAWS = 1 << 20
+_MEAN_OF = 5
+
+
+def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Train and return {run, steps, start_step, samples_seen, loss_first, loss_last, checkpoint}.
+
+    `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
+    Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
+    """
+    places = {name: getattr(recipe, name).expanduser().resolve() for name in ("dataset", "run")}
+    recipe = recipe.model_copy(update=places)
+    _check_dataset(recipe)
+    given = ranks_from_environment()
+    if given is not None:
+        return _as_given_rank(recipe, resume=resume, rank=given[0], world_size=given[2])
+    made = not recipe.run.exists()
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    with folder_lock(recipe.run):
+        prepare_run(recipe, resume=resume)
+        processes = _processes(recipe)
+        if recipe.batch_size % processes:
+            if made:
+                shutil.rmtree(recipe.run)
+            raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {processes} processes.")
+        return train_rank(recipe) if processes == 1 else _launch(recipe, processes)
+
+
+def _check_dataset(recipe: TrainRecipe) -> None:
+    dataset = open_dataset(recipe.dataset)
+    if dataset.num_rows == 0:
+        raise UsageError(f"dataset={recipe.dataset} holds no patches.")
+    stored_px = int(dataset.meta["recipe"]["context_px"])
+    if recipe.crop_px > stored_px:
+        raise UsageError(
+            f"crop_px={recipe.crop_px} does not fit the dataset's patches of {stored_px} px; "
+            "lower crop_px, or shard with a larger context_px."
+        )
+
+
+def _processes(recipe: TrainRecipe) -> int:
+    if recipe.processes != "auto":
+        return recipe.processes
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _as_given_rank(recipe: TrainRecipe, *, resume: bool, rank: int, world_size: int) -> dict[str, Any]:
+    if recipe.batch_size % world_size:
+        raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {world_size} processes.")
+    if rank != 0:
+        return train_rank(recipe)
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    with folder_lock(recipe.run):
+        prepare_run(recipe, resume=resume)
+        return train_rank(recipe)
+
+
+def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
+    """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent logs a child's whole traceback; the child's error itself is told below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=recipe.run.name,
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        results: dict[int, dict[str, Any]] = elastic_launch(config, train_rank)(recipe)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RuntimeError(f"rank {rank} failed: {_failure_text(failure)}") from None
+    return results[0]
+
+
+def _failure_text(failure: Any) -> str:
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    text = " ".join(str(message).split())
+    return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
+
+
+def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
+    """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
+    import torch
+
+    from engine.data import CropView, open_loader
+    from engine.runtime import Runtime
+    from engine.trainer import process_group, train
+    from models import build_model
+
+    runtime = Runtime.detect(recipe.precision)
+    if runtime.world_size > 1:
+        die_with_parent()
+        torch.set_num_threads(max(1, usable_cores() // runtime.world_size))
+        # A 1x1 convolution's gradient has two equally valid stride orders; DDP warns on every rank about it.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    torch.manual_seed(recipe.seed)
+    options = {key: value for key, value in recipe.model.items() if key != "name"}
+    model = build_model(recipe.model["name"], **options)
+    with process_group(runtime):
+        if runtime.world_size > 1:
+            torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
+        loader = open_loader(
+            recipe.dataset,
+            batch_size_per_rank=recipe.batch_size // runtime.world_size,
+            views=[CropView(recipe.crop_px, flips=recipe.flips)],
+            backend=recipe.loader,
+            seed=recipe.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+        )
+        with loader:
+            start, seen = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)
+    losses = [line["loss"] for line in read_metrics(recipe.run)]
+    return {
+        "run": str(recipe.run),
+        "steps": recipe.steps,
+        "start_step": start,
+        "samples_seen": seen,
+        "loss_first": _mean(losses[:_MEAN_OF]),
+        "loss_last": _mean(losses[-_MEAN_OF:]),
+        "checkpoint": str((recipe.run / "last").resolve()),
+        "loader": loader.backend,
+        "device": runtime.device,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _hmr_objective(recipe: TrainRecipe, model: Any) -> Any:
+    import torch
+
+    from engine.data.draws import uniforms
+
+    tokens = model.config.num_process
+
+    def objective(parallel: Any, batch: Any, positions: Any) -> dict[str, torch.Tensor]:
+        images = batch.images[0]
+        draws = uniforms(recipe.seed, positions, _MASK_DRAWS, tokens)
+        noise = torch.from_numpy(draws).to(images.device, torch.float32)
+        values = parallel(images, mask_ratio=recipe.mask_ratio, noise=noise)
+        return {name: value for name, value in values.items() if value.ndim == 0}
+
+    return objective
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    first, last = (
+        f"{value:.4f}" if value is not None else "none" for value in (result["loss_first"], result["loss_last"])
+    )
+    return "\n".join(
+        [
+            f"{result['run']}: step {result['steps']}, {result['samples_seen']} samples seen "
+            f"({result['loader']} loader, {result['device']})",
+            f"  loss at the start {first}, at the end {last} (means of {_MEAN_OF} steps)",
+            f"  checkpoint {result['checkpoint']}",
+        ]
+    )

@@ -1,0 +1,159 @@
+"""The index of a dataset: one row per stored patch, as Parquet for people and as `rows.bin` for training ranks.
+
+FORMAT.md states every column. This module owns their dtypes, merges the shards' Parquet files into one
+`index.parquet` without holding the table in memory, and opens a finished dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.atomic import atomic_path
+
+FORMAT_VERSION = 1
+
+# What a training rank maps: 20 packed little-endian bytes a row, no header, the order of index.parquet.
+ROW_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.uint64(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("x0", pa.int32(), nullable=False),
+        pa.field("y0", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("col", pa.int32(), nullable=False),
+        pa.field("level", pa.uint8(), nullable=False),
+        pa.field("read_px", pa.int32(), nullable=False),
+        pa.field("mpp", pa.float64()),
+        pa.field("tissue_fraction", pa.float32(), nullable=False),
+        pa.field("flags", pa.uint32(), nullable=False),
+        pa.field("route", pa.string(), nullable=False),
+        pa.field("region", pa.int64()),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("offset", pa.uint64(), nullable=False),
+        pa.field("length", pa.uint32(), nullable=False),
+        pa.field("crc32", pa.uint32(), nullable=False),
+    ]
+)
+
+# Bits of the column `flags`.
+FLAG_OUTSIDE = 1  # the stored pixels reach beyond the slide's edge; there they are white
+
+
+_PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3}
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file atomically. Its bytes depend on the table and the pyarrow version alone."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, **_PARQUET)
+
+
+def write_index(dataset: Path, shard_names: list[str]) -> int:
+    """Merge the shards' Parquet files into `index.parquet` and `rows.bin`, in shard order.
+
+    One shard is in memory at a time. `shard_names[i]` is shard number i of `rows.bin`.
+    Returns the number of rows.
+    """
+    num_rows = 0
+    with (
+        atomic_path(dataset / "index.parquet") as index_tmp,
+        atomic_path(dataset / "rows.bin") as rows_tmp,
+        pq.ParquetWriter(index_tmp, INDEX_SCHEMA, **_PARQUET) as writer,
+        open(rows_tmp, "wb") as rows_file,
+    ):
+        for number, table in enumerate(_shard_tables(dataset, shard_names)):
+            writer.write_table(table)
+            rows_file.write(packed_rows(table, number).tobytes())
+            num_rows += table.num_rows
+    return num_rows
+
+
+def _shard_tables(dataset: Path, shard_names: list[str]) -> Iterator[pa.Table]:
+    for name in shard_names:
+        yield pq.read_table(dataset / "shards" / f"{name}.parquet", schema=INDEX_SCHEMA)
+
+
+def packed_rows(table: pa.Table, shard_number: int) -> npt.NDArray[np.void]:
+    """The rows of one shard's table as ROW_DTYPE [num_rows]."""
+    rows = np.empty(table.num_rows, ROW_DTYPE)
+    rows["shard"] = shard_number
+    for column in ("offset", "length", "crc32"):
+        rows[column] = table.column(column).to_numpy()
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A finished dataset, opened. `rows` is ROW_DTYPE [num_rows], memory-mapped and shared between processes."""
+
+    path: Path
+    meta: dict[str, Any]
+    rows: npt.NDArray[np.void]
+    shard_names: list[str]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Path of each shard's tar; the position is the shard number of `rows`."""
+        return [self.path / "shards" / f"{name}.tar" for name in self.shard_names]
+
+
+def read_meta(dataset: Path) -> dict[str, Any]:
+    """`dataset.json` as a dict.
+
+    Raises ValueError, in one sentence, where there is no finished dataset or its format is newer than this program.
+    """
+    if not dataset.is_dir():
+        raise ValueError(f"{dataset} is not a folder: expected a dataset written by `engine shard`.")
+    try:
+        meta = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{dataset} holds no dataset.json: it is no dataset, or `engine shard` has not finished it. "
+            "Run the same `engine shard` again to finish it."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{dataset / 'dataset.json'} cannot be read ({error}); the dataset is damaged.") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("format_version"), int):
+        raise ValueError(f"{dataset / 'dataset.json'} states no format_version; the dataset is damaged.")
+    if meta["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{dataset} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}: "
+            "update the engine."
+        )
+    return meta
+
+
+def open_dataset(path: Path | str) -> Dataset:
+    """Open a finished dataset for reading.
+
+    Raises ValueError where it is unfinished, damaged in its index, or of a newer format.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    rows_path = path / "rows.bin"
+    size = rows_path.stat().st_size if rows_path.is_file() else -1
+    expected = int(meta["counts"]["patches"]) * ROW_DTYPE.itemsize
+    if size != expected:
+        raise ValueError(
+            f"{rows_path} has {size} bytes, dataset.json says {expected} "
+            f"({meta['counts']['patches']} patches of {ROW_DTYPE.itemsize}): the dataset is damaged, "
+            f"see `engine verify {path}`."
+        )
+    rows = np.memmap(rows_path, dtype=ROW_DTYPE, mode="r") if size else np.empty(0, ROW_DTYPE)
+    return Dataset(path=path, meta=meta, rows=rows, shard_names=[shard["name"] for shard in meta["shards"]])

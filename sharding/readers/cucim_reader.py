@@ -1,0 +1,57 @@
+"""cuCIM, the fast reader of JPEG-tiled TIFF (Aperio SVS and generic). The one module that imports it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from cucim import CuImage
+
+from sharding.slide import Level, Pixels, Spacing, make_levels
+
+# cuCIM's own `spacing()` says 1.0 on Aperio files; the description holds the truth.
+_APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)")
+
+
+class CucimReader:
+    """Reads one slide. It does not notice a damaged tile: `Slide` proves tiles before it asks."""
+
+    name = "cucim"
+
+    def __init__(self, path: Path, *, description: str, resolution_um: tuple[float, float] | None) -> None:
+        self._image = CuImage(str(path))
+        resolutions = self._image.resolutions
+        self.levels: tuple[Level, ...] = make_levels([(int(w), int(h)) for w, h in resolutions["level_dimensions"]])
+        self.spacing = _spacing(description, resolution_um)
+
+    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
+        """uint8 [height_px, width_px, 3]. The rectangle must lie inside the level."""
+        size = self.levels[level]
+        # cuCIM wants level-0 coordinates and floors when it divides; ceil makes the floor land on x_px, y_px.
+        location = (math.ceil(x_px * size.downsample_x), math.ceil(y_px * size.downsample_y))
+        region = self._image.read_region(location=location, size=(width_px, height_px), level=level)
+        pixels = np.asarray(region)
+        if pixels.shape[:2] != (height_px, width_px) or pixels.dtype != np.uint8:
+            raise RuntimeError(f"cuCIM returned {pixels.shape} {pixels.dtype} for {width_px}x{height_px} px")
+        return np.ascontiguousarray(pixels[:, :, :3])
+
+    def close(self) -> None:
+        self._image.close()
+
+
+def _spacing(description: str, resolution_um: tuple[float, float] | None) -> Spacing | None:
+    if description.startswith("Aperio"):
+        # The resolution tags of an SVS are a writer's default: without MPP the spacing is unknown.
+        found = _APERIO_MPP.search(description)
+        if not found:
+            return None
+        try:
+            mpp = float(found.group(1))
+        except ValueError:
+            return None
+        return Spacing(mpp, mpp, "aperio")
+    if resolution_um is None:
+        return None
+    return Spacing(*resolution_um, "tiff-resolution")

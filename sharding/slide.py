@@ -1,0 +1,243 @@
+"""A slide, opened: its levels, its spacing and where that came from, and checked reads of its pixels.
+
+The one place that chooses a reader. Coordinates are (x, y); pixels are uint8 RGB arrays (H, W, 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sharding.tiff_tiles import JpegTiles
+
+ReaderName = Literal["auto", "cucim", "openslide"]
+Pixels = npt.NDArray[np.uint8]
+
+# Spacings outside this range are what a TIFF writer puts there for want of one (72 dpi is 353 um/px).
+PLAUSIBLE_MPP = (0.02, 50.0)
+# Real slides say 0.2525 x 0.2531; more than this between the axes and a patch would be distorted.
+ANISOTROPY_TOLERANCE = 0.05
+_FINGERPRINT_BYTES = 1 << 20
+
+
+class SlideError(ValueError):
+    """A slide that cannot be used as it is; the message is one sentence that says why."""
+
+
+class UnreadableSlideError(SlideError):
+    """No reader opens the slide."""
+
+
+class SpacingError(SlideError):
+    """The slide's spacing is missing, implausible, anisotropic or too coarse for what was asked."""
+
+
+class DamagedTileError(SlideError):
+    """A TIFF tile under the asked-for pixels does not decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of the pyramid. `downsample_x/y` are the true ratios to level 0 and need not be integers."""
+
+    width_px: int
+    height_px: int
+    downsample_x: float
+    downsample_y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spacing:
+    """Spacing of level 0 in um/px per axis, and its source: `aperio`, `openslide`, `tiff-resolution`."""
+
+    x_um: float
+    y_um: float
+    source: str
+
+
+class Reader(Protocol):
+    """What a backend offers. It reads inside a level's bounds only and raises on any pixel it cannot vouch for."""
+
+    name: str
+    levels: tuple[Level, ...]
+    spacing: Spacing | None
+
+    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
+        """uint8 [height_px, width_px, 3]; x_px, y_px in pixels of `level`."""
+
+    def close(self) -> None: ...
+
+
+def make_levels(sizes_px: list[tuple[int, int]]) -> tuple[Level, ...]:
+    """Levels from their (width, height) in pixels, finest first."""
+    width0, height0 = sizes_px[0]
+    return tuple(Level(w, h, width0 / w, height0 / h) for w, h in sizes_px)
+
+
+def fingerprint(path: Path) -> str:
+    """`size-hash` of a slide file: its length and a hash of its first and last MiB. No time, no name, no path."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as file:
+        digest.update(file.read(_FINGERPRINT_BYTES))
+        if size > _FINGERPRINT_BYTES:
+            file.seek(max(_FINGERPRINT_BYTES, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return f"{size}-{digest.hexdigest()}"
+
+
+class Slide:
+    """An open slide. Every pixel it returns comes from data that a strict decoder accepted."""
+
+    def __init__(self, path: Path, reader: Reader, tiles: JpegTiles | None) -> None:
+        self.path = path
+        self.levels = reader.levels
+        self._reader = reader
+        self._tiles = tiles
+
+    @property
+    def reader_name(self) -> str:
+        return self._reader.name
+
+    def spacing(self, override_mpp: float | None = None) -> Spacing | None:
+        """Spacing of level 0, or None where neither the slide nor the user states one.
+
+        Raises SpacingError where what is stated is implausible or anisotropic.
+        """
+        if override_mpp is not None:
+            spacing: Spacing | None = Spacing(override_mpp, override_mpp, "override")
+        else:
+            spacing = self._reader.spacing
+        if spacing is None:
+            return None
+        low, high = PLAUSIBLE_MPP
+        if not (low <= spacing.x_um <= high and low <= spacing.y_um <= high):
+            raise SpacingError(
+                f"the spacing {spacing.x_um:g} x {spacing.y_um:g} um/px ({spacing.source}) is implausible "
+                f"(expected {low:g} to {high:g}); state the right one in the column `mpp` of a slide list"
+            )
+        if abs(spacing.x_um / spacing.y_um - 1) > ANISOTROPY_TOLERANCE:
+            raise SpacingError(
+                f"the pixels are not square ({spacing.x_um:g} x {spacing.y_um:g} um, {spacing.source}); "
+                "a patch would be distorted"
+            )
+        return spacing
+
+    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
+        """Pixels of a rectangle of `level`, uint8 [height_px, width_px, 3]; outside the slide they are white.
+
+        Raises DamagedTileError where a TIFF tile under the rectangle does not decode strictly.
+        """
+        size = self.levels[level]
+        x1, y1 = max(x_px, 0), max(y_px, 0)
+        x2, y2 = min(x_px + width_px, size.width_px), min(y_px + height_px, size.height_px)
+        whole = (x1, y1, x2, y2) == (x_px, y_px, x_px + width_px, y_px + height_px)
+        if x2 <= x1 or y2 <= y1:
+            return np.full((height_px, width_px, 3), 255, np.uint8)
+        self._prove(level, x1, y1, x2, y2)
+        pixels = self._reader.read(level, x1, y1, x2 - x1, y2 - y1)
+        if whole:
+            return pixels
+        canvas = np.full((height_px, width_px, 3), 255, np.uint8)
+        canvas[y1 - y_px : y2 - y_px, x1 - x_px : x2 - x_px] = pixels
+        return canvas
+
+    def _prove(self, level: int, x1: int, y1: int, x2: int, y2: int) -> None:
+        if self._tiles is None:
+            return
+        for column, row in self._tiles.covering(level, x1, y1, x2, y2):
+            reason = self._tiles.defect(level, column, row)
+            if reason:
+                raise DamagedTileError(f"TIFF tile ({column}, {row}) of level {level} {reason}")
+
+    def close(self) -> None:
+        self._reader.close()
+        if self._tiles is not None:
+            self._tiles.close()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_slide(path: Path, reader: ReaderName = "auto") -> Slide:
+    """Open a slide with the named reader, or with the first that opens it.
+
+    cuCIM is used for JPEG-tiled TIFF alone: it returns stale pixels for a tile that does not decode, so every tile
+    it reads is first proven by a strict decoder (JpegTiles); and it can crash the process on compressions it lacks.
+    OpenSlide raises by itself. Raises UnreadableSlideError with each reader's own reason.
+    """
+    if not path.is_file():
+        raise UnreadableSlideError(f"{path} is not a file")
+    if path.stat().st_size == 0:
+        raise UnreadableSlideError("the file is empty")
+    names = ["cucim", "openslide"] if reader == "auto" else [reader]
+    reasons = []
+    for name in names:
+        try:
+            return _open_cucim(path) if name == "cucim" else _open_openslide(path)
+        except UnreadableSlideError as error:
+            reasons.append(f"{name}: {error}")
+    raise UnreadableSlideError("no reader opens it (" + "; ".join(reasons) + ")")
+
+
+def _open_cucim(path: Path) -> Slide:
+    tiles = JpegTiles.open(path)
+    if isinstance(tiles, str):
+        raise UnreadableSlideError(tiles)
+    try:
+        from sharding.readers.cucim_reader import CucimReader
+
+        reader = CucimReader(path, description=tiles.description, resolution_um=tiles.resolution_um)
+    except ImportError as error:
+        tiles.close()
+        raise UnreadableSlideError(f"not installed ({error})") from None
+    except Exception as error:
+        tiles.close()
+        raise UnreadableSlideError(_one_line(error)) from None
+    sizes = [(level.width_px, level.height_px) for level in reader.levels]
+    if not tiles.match_levels(sizes):
+        reader.close()
+        tiles.close()
+        raise UnreadableSlideError("its levels are not all JPEG-tiled TIFF pages, so they cannot be proven")
+    return Slide(path, reader, tiles)
+
+
+def _open_openslide(path: Path) -> Slide:
+    try:
+        from sharding.readers.openslide_reader import OpenSlideReader
+
+        return Slide(path, OpenSlideReader(path), None)
+    except ImportError as error:
+        raise UnreadableSlideError(f"not installed ({error})") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnreadableSlideError(_one_line(error)) from None
+    except Exception as error:
+        if type(error).__module__.startswith("openslide"):
+            raise UnreadableSlideError(_one_line(error)) from None
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".!")
+
+
+def environment_versions() -> dict[str, str]:
+    """Versions of the libraries that decide which bytes a dataset holds."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("cucim-cu13", "openslide-python", "openslide-bin", "simplejpeg", "numpy", "pillow", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
