@@ -54,8 +54,8 @@ def say(text: str) -> None:
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     """Yield `advance(n, note)`: a bar on a terminal; elsewhere a plain line now and then, the last one at the end."""
     if sys.stderr.isatty():
-        with _bar(title, total, unit) as advance:
-            yield advance
+        with _bar(title, total, unit) as advance_bar:
+            yield advance_bar
         return
     done, started, printed = 0, time.monotonic(), time.monotonic()
     latest = ""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from cucim import CuImage
+from cucim.clara import CuImage
 
 from sharding.slide import Level, Pixels, Spacing, make_levels
 

@@ -1,0 +1,64 @@
+"""What passes between the parts of the loader: encoded batches in, decoded batches out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.reading import Sample
+from engine.data.views import CropWindows
+
+
+@dataclass(frozen=True, slots=True)
+class PatchBatch:
+    """One rank's part of a batch.
+
+    images: per view a tensor [B, 3, size_px, size_px], RGB, float32 or uint8 as the view says, on the loader's device.
+    uint8 images are channels-last in memory, float32 ones contiguous. rows: int64[B], row numbers of the index.
+    sample_ids: uint64[B].
+    """
+
+    images: list[torch.Tensor]
+    rows: torch.Tensor
+    sample_ids: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """One rank's batch before decoding. positions, rows: int64[B]; windows: one entry per view."""
+
+    positions: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    samples: list[Sample]
+    windows: list[CropWindows]
+
+
+Decoded = tuple[EncodedBatch, list[torch.Tensor]]
+"""A batch and its images, one tensor per view, as in PatchBatch."""
+
+
+class Decoder(Protocol):
+    """What a backend implements."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def decode(self, encoded: Iterator[EncodedBatch]) -> Generator[Decoded, None, None]:
+        """Yield each batch with its images (as in PatchBatch), in order, until `encoded` ends.
+
+        It may take a bounded number of batches ahead of those it has yielded. Raises BadSampleError for a sample that
+        does not decode. Closing the iterator frees what it holds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop the decoder's threads."""
+        ...

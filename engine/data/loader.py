@@ -1,0 +1,186 @@
+"""The patch loader: plans batches, reads them ahead, has a decoder decode them, and counts what was delivered.
+
+Everything that decides *what* is delivered lives here and in the modules it calls; a decoder only turns encoded samples
+and windows into tensors. That is why two backends give the same batches, and why one integer, `seen`, is the state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
+from engine.data.draws import DRAWS_VERSION, uniforms
+from engine.data.order import ORDER_VERSION, SampleStream, rank_positions
+from engine.data.reading import Sample, SampleReader
+from engine.data.views import CROP_DRAWS, CropView, crop_windows
+from sharding.index import Dataset
+
+_BATCHES_READ_AHEAD = 3  # beside those inside the decoder; encoded batches are small
+
+
+class PatchLoader:
+    """An endless iterator of PatchBatch. Make one with `open_loader`; leave it with `close` or as a context manager."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        reader: SampleReader,
+        decoder: Decoder,
+        *,
+        batch_size_per_rank: int,
+        views: Sequence[CropView],
+        seed: int,
+        seen: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._reader = reader
+        self._decoder = decoder
+        self._stream = SampleStream(dataset.num_rows, seed)
+        self._digest = str(dataset.meta["digest"])
+        self._batch_size_per_rank = batch_size_per_rank
+        self._views = tuple(views)
+        self._rank = rank
+        self._world_size = world_size
+        self._seen = seen
+        self._batches: Generator[Decoded, None, None] | None = None
+        self._failure: Exception | None = None
+        self._closed = False
+
+    @property
+    def seen(self) -> int:
+        """Samples delivered so far by all ranks together, prefetched ones not counted."""
+        return self._seen
+
+    @property
+    def backend(self) -> str:
+        """The backend in use, "dali" or "torch"."""
+        return self._decoder.backend
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self._decoder.device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides which samples come next, as plain numbers, strings and lists."""
+        return {
+            "seen": self._seen,
+            "order": ORDER_VERSION,
+            "draws": DRAWS_VERSION,
+            "seed": self._stream.seed,
+            "dataset": self._digest,
+            "views": [view.as_dict() for view in self._views],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; batch size and world size may differ. Raises ValueError where the rest does."""
+        for name, here in self.state_dict().items():
+            if name not in state:
+                raise ValueError(f"cannot resume: the loader state lacks {name!r}")
+            if name != "seen" and state[name] != here:
+                raise ValueError(
+                    f"cannot resume: {name!r} is {here!r} here, but {state[name]!r} in the saved state; "
+                    "resume with what the run was started with, or start a new run"
+                )
+        seen = checked_seen(state["seen"])
+        self._restart()
+        self._seen = seen
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> PatchBatch:
+        """Return the next batch. After an error the loader stands where it stood: at the samples delivered."""
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        if self._batches is None:
+            self._batches = self._decoder.decode(self._encoded_batches(self._seen))
+        try:
+            decoded = next(self._batches, None)
+        except BaseException:
+            self._restart()
+            raise
+        if decoded is None:
+            failure = self._failure
+            self._restart()
+            assert failure is not None, "the stream has no end, so only a failure ends it"
+            raise failure
+        encoded, images = decoded
+        # From the positions that came out, not from a counter of what went in: the two differ by what is prefetched.
+        self._seen = int(encoded.positions[0]) + self._batch_size_per_rank * (self._world_size - self._rank)
+        sample_ids = np.array([sample.sample_id for sample in encoded.samples], dtype=np.uint64)
+        return PatchBatch(images, torch.from_numpy(encoded.rows), sample_ids)
+
+    def close(self) -> None:
+        """Stop all threads and close all files; idempotent. Delivered batches stay valid."""
+        if not self._closed:
+            self._closed = True
+            self._restart()
+            self._decoder.close()
+            self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _restart(self) -> None:
+        """Drop what is prefetched; the next batch is planned anew from `seen`."""
+        batches, self._batches, self._failure = self._batches, None, None
+        if batches is not None:
+            batches.close()
+
+    def _encoded_batches(self, first: int) -> Iterator[EncodedBatch]:
+        """Plan and read batches ahead, from global position `first` on. It ends only on an error, left in `_failure`.
+
+        Ending, not raising, lets a decoder deliver the good batches it already holds.
+        """
+        pending: deque[tuple[range, npt.NDArray[np.int64], list[Future[list[Sample]]]]] = deque()
+        step = 0
+        try:
+            while True:
+                while len(pending) < _BATCHES_READ_AHEAD:
+                    positions = rank_positions(
+                        step, self._batch_size_per_rank, self._rank, self._world_size, first=first
+                    )
+                    rows = self._stream.rows(positions.start, len(positions))
+                    pending.append((positions, rows, self._reader.submit(rows)))
+                    step += 1
+                positions, rows, reads = pending.popleft()
+                samples = [sample for read in reads for sample in read.result()]
+                yield self._planned(np.arange(positions.start, positions.stop), rows, samples)
+        except Exception as failure:
+            self._failure = failure
+        finally:
+            for _, _, reads in pending:
+                for read in reads:
+                    read.cancel()
+
+    def _planned(
+        self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
+    ) -> EncodedBatch:
+        patch_px = self._reader.patch_px
+        windows = [
+            crop_windows(view, uniforms(self._stream.seed, positions, number, CROP_DRAWS), patch_px, patch_px)
+            for number, view in enumerate(self._views)
+        ]
+        return EncodedBatch(positions, rows, samples, windows)
+
+
+def checked_seen(seen: int) -> int:
+    """Return `seen` if it counts samples, else raise ValueError."""
+    if isinstance(seen, bool) or not isinstance(seen, int) or seen < 0:
+        raise ValueError(f"seen is {seen!r}; it counts delivered samples: a whole number from 0 on")
+    return seen
