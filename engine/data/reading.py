@@ -26,7 +26,7 @@ _MAX_OPEN_SHARDS = 128
 _ROWS_PER_TASK = 16  # large enough to hide the cost of a task, small enough that threads share a batch
 
 
-class BadSampleError(Exception):
+class BadSampleError(RuntimeError):
     """A stored sample is not what the index says it is. `shard` and `key` name it; `reason` says what was found."""
 
     def __init__(self, shard: str, key: str, reason: str, row: int = -1, dataset: Path | None = None) -> None:
