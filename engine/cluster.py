@@ -141,7 +141,7 @@ def _ray(
 @contextlib.contextmanager
 def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray reads several settings of its environment when it is imported.
+    # Otherwise Ray hides the GPUs from tasks that ask for none, and warns that a later version will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 

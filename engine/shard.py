@@ -40,6 +40,8 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     _check_place(out)
     if (out / "dataset.json").is_file():
         meta = _finished(out, recipe, slides)
+        if (out / WORK).is_dir():  # a run was killed between its last two steps
+            shutil.rmtree(out / WORK)
         say(f"{out} is finished already; nothing was written.")
         return _summary(out, meta, _failures(out), time.monotonic() - started)
     out.mkdir(parents=True, exist_ok=True)
@@ -115,12 +117,12 @@ def _finished(out: Path, recipe: ShardRecipe, slides: Sequence[ListedSlide]) -> 
     if meta["recipe_digest"] != options_digest(recipe.options()):
         changed = _changed(meta["recipe"], recipe.options().as_dict())
         raise UsageError(f"{out} was made with another recipe ({changed}); datasets are never mixed: give another out.")
-    known = {slide["slide_id"]: slide["fingerprint"] for slide in meta["slides"]}
-    now = {slide.slide_id: mark for slide, mark in zip(slides, _fingerprints(slides), strict=True)}
+    known = {slide["slide_id"]: (slide["fingerprint"], slide["mpp_override"]) for slide in meta["slides"]}
+    now = {slide.slide_id: (mark, slide.mpp) for slide, mark in zip(slides, _fingerprints(slides), strict=True)}
     if known != now:
         different = sorted(key for key in known.keys() | now.keys() if known.get(key) != now.get(key))
         raise UsageError(
-            f"{out} was made from other slides ({len(different)} differ, the first is {different[0]}); "
+            f"{out} was made from other slides or spacings ({len(different)} differ, the first is {different[0]}); "
             "new slides make a new dataset: give another out."
         )
     return meta

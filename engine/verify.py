@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.console import progress
-from sharding.index import read_meta
+from sharding.index import DatasetDamagedError, read_meta
 from sharding.verify import verify_dataset
 
 _SHOWN = 20
@@ -14,7 +14,10 @@ _SHOWN = 20
 
 def run(dataset: Path) -> dict[str, Any]:
     """{"ok", "samples", "bad": [{"shard", "key", "reason"}]}; ValueError where there is no dataset."""
-    total = len(read_meta(dataset)["shards"])
+    try:
+        total = len(read_meta(dataset)["shards"])
+    except DatasetDamagedError:
+        return verify_dataset(dataset)
     with progress("verify", total, "shards") as advance:
         return verify_dataset(dataset, on_shard=lambda: advance(1, ""))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from sharding.atomic import write_json
-from sharding.index import FORMAT_VERSION, write_index, write_table
+from sharding.index import FORMAT_VERSION, canonical_digest, content_digest, write_index, write_table
 from sharding.plan import ShardOptions
 from sharding.slide import environment_versions
 from sharding.slide_job import SlideRecord
@@ -32,22 +31,13 @@ _SLIDE_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("patches", pa.int64()),
     ("patches_quarantined", pa.int64()),
 ]
+DIGESTED_FILES = ("index.parquet", "rows.bin", "slides.parquet")
 RESERVED_COLUMNS = frozenset(name for name, _ in _SLIDE_COLUMNS)
 
 
 def options_digest(options: ShardOptions) -> str:
     """Hash of a recipe's content (places and worker counts are no part of it)."""
-    return _hash(options.as_dict())
-
-
-def dataset_digest(meta: dict[str, Any]) -> str:
-    """Hash of all that dataset.json says of content: equal for equal slides, recipe and library versions."""
-    return _hash({key: meta[key] for key in ("format_version", "recipe", "versions", "counts", "slides", "shards")})
-
-
-def _hash(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return canonical_digest(options.as_dict())
 
 
 def finish_dataset(
@@ -77,6 +67,7 @@ def finish_dataset(
                 "slide_id": r.slide_id,
                 "fingerprint": r.fingerprint,
                 "status": r.status,
+                "mpp_override": r.mpp_override,
                 "patches": r.patches,
                 "patches_quarantined": r.patches_quarantined,
             }
@@ -84,10 +75,10 @@ def finish_dataset(
         ],
         "shards": [asdict(shard) for shard in shards],
         # slides.parquet is kept apart: it holds paths, and no path may change the digest.
-        "files": {name: file_sha256(dataset / name) for name in ("index.parquet", "rows.bin", "slides.parquet")},
+        "files": {name: file_sha256(dataset / name) for name in DIGESTED_FILES},
     }
     assert num_rows == meta["counts"]["patches"]
-    meta["digest"] = dataset_digest(meta)
+    meta["digest"] = content_digest(meta)
     write_json(dataset / "dataset.json", meta)
     return meta
 

@@ -6,6 +6,7 @@ FORMAT.md states every column. This module owns their dtypes, merges the shards'
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,8 +48,15 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+# What of dataset.json its digest is made of. `files` is not among them: slides.parquet holds paths.
+_DIGESTED = ("format_version", "recipe", "versions", "counts", "slides", "shards")
+
 # Bits of the column `flags`.
 FLAG_OUTSIDE = 1  # the stored pixels reach beyond the slide's edge; there they are white
+
+
+class DatasetDamagedError(RuntimeError):
+    """A dataset is not what was written."""
 
 
 _PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3}
@@ -113,36 +121,55 @@ class Dataset:
         return [self.path / "shards" / f"{name}.tar" for name in self.shard_names]
 
 
-def read_meta(dataset: Path) -> dict[str, Any]:
-    """`dataset.json` as a dict.
+def content_digest(meta: dict[str, Any]) -> str:
+    """The digest of a dataset: SHA-256 over what dataset.json says of content, hexadecimal.
 
-    Raises ValueError, in one sentence, where there is no finished dataset or its format is newer than this program.
+    Equal for equal slides, recipe and library versions. Raises KeyError where a part is missing.
+    """
+    return canonical_digest({key: meta[key] for key in _DIGESTED})
+
+
+def canonical_digest(value: Any) -> str:
+    """SHA-256 of `value` as canonical JSON (sorted keys, no spaces, UTF-8), hexadecimal."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_meta(dataset: Path) -> dict[str, Any]:
+    """`dataset.json` as a dict, checked against its own digest.
+
+    Raises ValueError where there is no finished dataset or its format is newer than this program, DatasetDamagedError
+    where the file has changed since it was written.
     """
     if not dataset.is_dir():
         raise ValueError(f"{dataset} is not a folder: expected a dataset written by `engine shard`.")
+    path = dataset / "dataset.json"
     try:
-        meta = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{dataset} holds no dataset.json: it is no dataset, or `engine shard` has not finished it. "
             "Run the same `engine shard` again to finish it."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{dataset / 'dataset.json'} cannot be read ({error}); the dataset is damaged.") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("format_version"), int):
-        raise ValueError(f"{dataset / 'dataset.json'} states no format_version; the dataset is damaged.")
-    if meta["format_version"] > FORMAT_VERSION:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DatasetDamagedError(f"{path} is damaged: {error}") from None
+    if isinstance(meta, dict) and isinstance(version := meta.get("format_version"), int) and version > FORMAT_VERSION:
         raise ValueError(
-            f"{dataset} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}: "
-            "update the engine."
+            f"{dataset} has format version {version}, this program reads up to {FORMAT_VERSION}: update the engine."
         )
-    return meta
+    try:
+        intact = content_digest(meta) == meta["digest"]
+    except (KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise DatasetDamagedError(f"{path} is damaged: it does not agree with its own digest")
+    return dict(meta)
 
 
 def open_dataset(path: Path | str) -> Dataset:
     """Open a finished dataset for reading.
 
-    Raises ValueError where it is unfinished, damaged in its index, or of a newer format.
+    Raises ValueError where it is unfinished or of a newer format, DatasetDamagedError where its index is damaged.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -150,7 +177,7 @@ def open_dataset(path: Path | str) -> Dataset:
     size = rows_path.stat().st_size if rows_path.is_file() else -1
     expected = int(meta["counts"]["patches"]) * ROW_DTYPE.itemsize
     if size != expected:
-        raise ValueError(
+        raise DatasetDamagedError(
             f"{rows_path} has {size} bytes, dataset.json says {expected} "
             f"({meta['counts']['patches']} patches of {ROW_DTYPE.itemsize}): the dataset is damaged, "
             f"see `engine verify {path}`."

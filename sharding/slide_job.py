@@ -61,6 +61,7 @@ class SlideRecord:
     path: str
     fingerprint: str
     status: Literal["done", "quarantined"]
+    mpp_override: float | None = None
     reason: str = ""
     reader: str = ""
     mpp: float | None = None
@@ -75,10 +76,12 @@ class SlideRecord:
 
 
 def read_record(job: SlideJob) -> SlideRecord | None:
-    """The record of a finished job, or None where there is none or one of its shards is missing or cut short."""
+    """The record of a finished job; None where there is none, the spacing was another, or a shard is not whole."""
     try:
         value = json.loads(job.record_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        return None
+    if value["mpp_override"] != job.mpp_override:
         return None
     value["shards"] = [ShardRecord(**shard) for shard in value["shards"]]
     folder = Path(job.dataset) / "shards"
@@ -107,7 +110,9 @@ def run_slide(job: SlideJob) -> SlideRecord:
 
 def quarantined(job: SlideJob, reason: str, *, seconds: float = 0.0) -> SlideRecord:
     """The record of a slide that gives nothing, and why."""
-    return SlideRecord(job.slide_id, job.path, job.fingerprint, "quarantined", reason=reason, seconds=seconds)
+    return SlideRecord(
+        job.slide_id, job.path, job.fingerprint, "quarantined", job.mpp_override, reason, seconds=seconds
+    )
 
 
 def _concerns_slide(error: OSError, job: SlideJob) -> bool:
@@ -144,6 +149,7 @@ def _shard(job: SlideJob, started: float) -> SlideRecord:
             path=job.path,
             fingerprint=job.fingerprint,
             status="done",
+            mpp_override=job.mpp_override,
             reason=reason,
             reader=slide.reader_name,
             mpp=None if plan.spacing is None else (plan.spacing.x_um + plan.spacing.y_um) / 2,

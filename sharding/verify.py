@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 
-from sharding.dataset import dataset_digest, file_sha256
-from sharding.index import INDEX_SCHEMA, ROW_DTYPE, packed_rows, read_meta
+from sharding.dataset import DIGESTED_FILES, file_sha256
+from sharding.index import INDEX_SCHEMA, ROW_DTYPE, DatasetDamagedError, canonical_digest, packed_rows, read_meta
 from sharding.writer import tar_header
 
 Bad = dict[str, str | None]
@@ -26,7 +26,10 @@ def verify_dataset(dataset: Path, *, on_shard: Callable[[], None] | None = None)
     `samples` counts the samples whose payload was read. What concerns no single shard or sample has `shard` or `key`
     None. Raises ValueError where there is no finished dataset to check.
     """
-    meta = read_meta(dataset)
+    try:
+        meta = read_meta(dataset)
+    except DatasetDamagedError as error:
+        return {"ok": False, "samples": 0, "bad": [_bad(None, None, f"{error}; nothing else can be judged")]}
     bad: list[Bad] = list(_check_files(dataset, meta))
     rows = _rows(dataset, bad)
     index = _read_parquet(dataset / "index.parquet", bad)
@@ -56,18 +59,14 @@ def _length(table: pa.Table | None) -> int | None:
 
 
 def _check_files(dataset: Path, meta: dict[str, Any]) -> Iterator[Bad]:
-    try:
-        digest = dataset_digest(meta)
-    except KeyError as error:
-        yield _bad(None, None, f"dataset.json lacks {error}")
-    else:
-        if digest != meta.get("digest"):
-            yield _bad(None, None, "dataset.json does not agree with its own digest")
-    for name, expected in meta.get("files", {}).items():
+    if meta.get("recipe_digest") != canonical_digest(meta["recipe"]):
+        yield _bad(None, None, "dataset.json's recipe_digest is not that of its recipe")
+    recorded = meta.get("files")
+    for name in DIGESTED_FILES:
         path = dataset / name
         if not path.is_file():
             yield _bad(None, None, f"{name} is missing")
-        elif file_sha256(path) != expected:
+        elif not isinstance(recorded, dict) or file_sha256(path) != recorded.get(name):
             yield _bad(None, None, f"{name} has changed since it was written (SHA-256)")
     listed = {shard["name"] for shard in meta["shards"]}
     for path in sorted((dataset / "shards").glob("*.tar")):

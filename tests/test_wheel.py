@@ -20,8 +20,8 @@ DECOYS = ("engine", "sharding", "models", "configs", "benchmarks")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh virtual environment's bin folder: the wheel is installed there, its dependencies are lent to it.
 
-    The dependencies come by one line of a .pth file from the environment that runs the tests. Its own .pth files are not
-    read that way, so the editable install of this checkout is out of sight.
+    The dependencies come by one line of a .pth file from the environment that runs the tests. Its own .pth files are
+    not read that way, so the editable install of this checkout is out of sight.
     """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a build leaves traces in its tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -48,7 +49,7 @@ def painted_jpeg(seed: int, size_px: int, *, quality: int = 80, subsampling: str
 
 
 def write_dataset(
-    path: Path, payloads: list[bytes], *, rows_per_shard: int = 10, context_px: int = PATCH_PX, digest: str = "d1"
+    path: Path, payloads: list[bytes], *, rows_per_shard: int = 10, context_px: int = PATCH_PX
 ) -> MadeDataset:
     (path / "shards").mkdir(parents=True)
     made = MadeDataset(path, [], [], [], payloads)
@@ -71,13 +72,16 @@ def write_dataset(
         pq.write_table(table, path / "shards" / f"{name}.parquet")
     dtype = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
     (path / "rows.bin").write_bytes(np.array(rows, dtype).tobytes())
-    meta = {
+    meta: dict[str, Any] = {
         "format_version": 1,
-        "digest": digest,
         "recipe": {"context_px": context_px},
         "counts": {"patches": len(payloads)},
         "shards": [{"name": name} for name in names],
+        "slides": [],
+        "versions": {},
     }
+    digested = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    meta["digest"] = hashlib.sha256(digested.encode()).hexdigest()
     (path / "dataset.json").write_text(json.dumps(meta))
     return made
 
