@@ -45,7 +45,7 @@ lint: setup
 
 # Long campaigns of the tests that kill and damage things, beyond what `make test` does.
 soak: setup
-	ENGINE_SOAK=1 $(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -157,7 +157,7 @@ def train(
         result = verb.run(resolved, resume=resume)
         return result, verb.describe(result)
 
-    _finish(*_guard(work), json)
+    _finish(*_guard(work, go_on="with --resume the run goes on from its last checkpoint"), json)
 
 
 @app.command(epilog="Example: engine verify dataset --json")
@@ -198,7 +198,9 @@ def doctor(json: Json = False) -> None:
 _outputs: list[Output] = []  # the real stdout, while a verb runs
 
 
-def _guard(work: Callable[[], tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], str, Exit]:
+def _guard(
+    work: Callable[[], tuple[dict[str, Any], str]], *, go_on: str = "run the same command again to go on"
+) -> tuple[dict[str, Any], str, Exit]:
     """Run a verb; a mistake of the user or a failure of the run becomes one sentence and an exit code.
 
     Anything else is our own error and keeps its traceback.
@@ -208,7 +210,7 @@ def _guard(work: Callable[[], tuple[dict[str, Any], str]]) -> tuple[dict[str, An
     try:
         result, text = work()
     except KeyboardInterrupt:
-        say("engine: interrupted; run the same command again to go on")
+        say(f"engine: interrupted; {go_on}")
         return {}, "", Exit.INTERRUPTED
     except Exception as error:
         found = sentence(error)

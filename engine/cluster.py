@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -78,7 +80,8 @@ def _local(
             while queue and free:
                 job, attempt = queue.pop()
                 slot = free.pop()
-                running[pools[slot].submit(function, job)] = (slot, job, attempt)
+                with _children_ignore_ctrl_c():
+                    running[pools[slot].submit(function, job)] = (slot, job, attempt)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 slot, job, attempt = running.pop(future)
@@ -104,6 +107,19 @@ def _local(
 
 def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
+
+
+@contextlib.contextmanager
+def _children_ignore_ctrl_c() -> Iterator[None]:
+    """Block SIGINT while a process is started: the child keeps it blocked, and the driver alone ends the run.
+
+    A terminal sends Ctrl-C to all processes at once; each child would print a traceback of its own.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _crash_reason() -> str:
@@ -155,8 +171,11 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
     here = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="engine-ray-") as empty:
         os.chdir(empty)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts a handler there that ends the process at once
         except ConnectionError as error:
             raise RuntimeError(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None
         finally:

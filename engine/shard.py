@@ -17,7 +17,7 @@ from engine.console import progress, say
 from engine.recipes import ShardRecipe
 from engine.slide_list import ListedSlide, list_slides
 from sharding.atomic import atomic_path, sweep_temporary, write_json
-from sharding.dataset import finish_dataset, options_digest
+from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
 from sharding.index import read_meta
 from sharding.lock import folder_lock
 from sharding.slide import fingerprint
@@ -43,6 +43,7 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
         if (out / WORK).is_dir():  # a run was killed between its last two steps
             shutil.rmtree(out / WORK)
         say(f"{out} is finished already; nothing was written.")
+        _note_changed_columns(out, slides)
         return _summary(out, meta, _failures(out), time.monotonic() - started)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
@@ -126,6 +127,19 @@ def _finished(out: Path, recipe: ShardRecipe, slides: Sequence[ListedSlide]) -> 
             "new slides make a new dataset: give another out."
         )
     return meta
+
+
+def _note_changed_columns(out: Path, slides: Sequence[ListedSlide]) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(out / "slides.parquet")
+    names = [name for name in table.column_names if name not in RESERVED_COLUMNS]
+    stored = {row["slide_id"]: {name: row[name] for name in names} for row in table.to_pylist()}
+    if stored != {slide.slide_id: slide.columns for slide in slides}:
+        say(
+            "note: the further columns of the slide list are others now; slides.parquet keeps those of the first run. "
+            "Join yours by slide_id, or shard into another folder."
+        )
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import warnings
 from typing import Any
 
@@ -76,6 +77,7 @@ def _as_given_rank(recipe: TrainRecipe, *, resume: bool, rank: int, world_size: 
 
 def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
     """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -93,7 +95,9 @@ def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
         start_method="spawn",
     )
     try:
-        results: dict[int, dict[str, Any]] = elastic_launch(config, train_rank)(recipe)
+        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe)
+    except SignalException:
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RuntimeError(f"rank {rank} failed: {_failure_text(failure)}") from None
@@ -106,6 +110,12 @@ def _failure_text(failure: Any) -> str:
         message = message.get("message", message)
     text = " ".join(str(message).split())
     return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
+
+
+def _launched_rank(recipe: TrainRecipe) -> dict[str, Any]:
+    # A terminal sends Ctrl-C to every process; the launcher alone answers it and ends its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return train_rank(recipe)
 
 
 def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
