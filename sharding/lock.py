@@ -1,8 +1,9 @@
-"""One writer per folder: a lock file made with O_EXCL that names its holder, so that a dead holder is recognised."""
+"""One writer per folder: a lock file, made exclusively, names its holder, so that a dead holder is recognised."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -25,41 +26,74 @@ def folder_lock(folder: Path) -> Iterator[None]:
     respected; the message says how to remove it.
     """
     path = folder / LOCK_NAME
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
-    for _ in range(3):
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            break
-        except FileExistsError:
-            holder = _read(path)
-            if holder is not None and _alive(holder):
-                raise LockedError(
-                    f"{folder} is being written by process {holder.get('pid')} on {holder.get('host')}. "
-                    f"Wait for it; if you are sure that it is gone, remove {path}"
-                ) from None
-            # Two processes may both find a stale lock: only one of them wins this rename, the other sees it gone.
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(path.with_name(f".tmp-stale-lock.{os.getpid()}"))
-                path.with_name(f".tmp-stale-lock.{os.getpid()}").unlink()
-    else:
-        raise LockedError(f"{path} cannot be taken: other processes take it at the same moment. Try again")
+    with _judging(folder):
+        _take(folder, path)
     try:
-        os.write(descriptor, json.dumps(me).encode())
-        os.close(descriptor)
         yield
     finally:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _judging(folder: Path) -> Iterator[None]:
+    """Let one process of this host at a time look at the lock and take it over.
+
+    Without it two could find the same stale lock, and the slower would remove the faster one's fresh lock. The kernel
+    drops this guard with its process, so it cannot go stale itself. A file system without it is used as it is.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: Path, path: Path) -> None:
+    holder = _read(path)
+    if holder is not None and not _alive(holder):
+        path.unlink(missing_ok=True)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+    try:
+        _create(path, json.dumps(me).encode())
+    except FileExistsError:
+        holder = holder or _read(path) or {}
+        raise LockedError(
+            f"{folder} is being written by process {holder.get('pid')} on {holder.get('host')}. "
+            f"Wait for it; if you are sure that it is gone, remove {path}"
+        ) from None
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Make the lock with its content in one step, or raise FileExistsError; this also decides between hosts."""
+    temporary = path.with_name(f".tmp-lock.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: O_EXCL is as exclusive, but for a moment the lock is empty
+        with open(path, "xb") as file:
+            file.write(content)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock: None where there is none, {} where its writer died before it wrote its name."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # gone, or its writer died before it wrote its name
-    return holder if isinstance(holder, dict) else None
+    except OSError:
+        return None
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _alive(holder: dict[str, Any]) -> bool:
+    if not holder:
+        return False
     if holder.get("host") != socket.gethostname():
         return True
     pid = holder.get("pid")
