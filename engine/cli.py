@@ -129,7 +129,10 @@ def shard(
         if local and address:
             raise UsageError("--local and --address contradict each other; give one of them.")
         resolved = build(ShardRecipe, apply_overrides(read_recipe("shard", recipe), settings or []))
-        result = (verb.dry_run if dry_run else verb.run)(resolved, local=local, address=address)
+        if dry_run:
+            result = verb.dry_run(resolved, address=address)
+        else:
+            result = verb.run(resolved, local=local, address=address)
         return result, verb.describe(result)
 
     result, text, code = _guard(work)

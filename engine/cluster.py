@@ -80,8 +80,7 @@ def _local(
             while queue and free:
                 job, attempt = queue.pop()
                 slot = free.pop()
-                with _children_ignore_ctrl_c():
-                    running[pools[slot].submit(function, job)] = (slot, job, attempt)
+                running[_submit(pools, slot, function, job)] = (slot, job, attempt)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 slot, job, attempt = running.pop(future)
@@ -106,7 +105,19 @@ def _local(
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),))
+
+
+def _submit(
+    pools: list[ProcessPoolExecutor], slot: int, function: Callable[[JobT], ResultT], job: JobT
+) -> Future[ResultT]:
+    with _children_ignore_ctrl_c():
+        try:
+            return pools[slot].submit(function, job)
+        except BrokenProcessPool:  # its process was killed while it had nothing to do
+            pools[slot].shutdown(wait=False)
+            pools[slot] = _pool()
+            return pools[slot].submit(function, job)
 
 
 @contextlib.contextmanager
@@ -163,7 +174,8 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
-        options |= {"num_cpus": workers or usable_cores(), "include_dashboard": False}
+        # "local" starts one whatever RAY_ADDRESS says: a running cluster is asked for by --address.
+        options |= {"address": "local", "num_cpus": workers or usable_cores(), "include_dashboard": False}
     else:
         options |= {"address": address}
     # Ray puts the driver's current folder first on its workers' import path. A user's folder may hold a `models/` of

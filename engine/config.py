@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+
+class Verbatim:
+    """Marks a key whose value is the text as it was typed: a path may look like a number, a date or a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value from the command line: its text, and what that means as YAML."""
+
+    text: str
+    value: Any
+
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 
@@ -37,14 +51,12 @@ def read_recipe(verb: str, source: str) -> dict[str, Any]:
             text = Path(source).read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"recipe {source}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"recipe {source} is no text file in UTF-8.") from None
     else:
         known = shipped_recipes(verb)
         if source not in known:
-            hint = nearest(source, shipped_recipes()) or nearest(f"{verb}/{source}", known)
-            raise UsageError(
-                f"there is no recipe {source!r}{hint} Shipped for `engine {verb}`: {', '.join(known)}; "
-                "a recipe of your own is given as a path that ends in .yaml."
-            )
+            raise UsageError(_no_recipe(verb, source, known))
         text = (resources.files("configs") / f"{source}.yaml").read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
@@ -57,8 +69,16 @@ def read_recipe(verb: str, source: str) -> dict[str, Any]:
     return values
 
 
+def _no_recipe(verb: str, source: str, known: list[str]) -> str:
+    shipped = f"Shipped for `engine {verb}`: {', '.join(known)}; your own is given as a path that ends in .yaml."
+    if source in shipped_recipes():
+        return f"the recipe {source!r} is one of `engine {source.partition('/')[0]}`. {shipped}"
+    word = source if "/" in source else f"{verb}/{source}"
+    return f"there is no recipe {source!r}{nearest(word, known)} {shipped}"
+
+
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `values` with each `key.path=value` set; values are read as YAML (`1e-3`, `true`, `[1, 2]`)."""
+    """A copy of `values` with each `key.path=value` set to a Setting, whose text is read as YAML (`true`, `[1, 2]`)."""
     result = _copy(values)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -72,7 +92,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
             target = target[key]
             if not isinstance(target, dict):
                 raise UsageError(f"{override!r}: {key} is a value, not a group of keys.")
-        target[keys[-1]] = _scalar(text)
+        target[keys[-1]] = Setting(text, _scalar(text))
     return result
 
 
@@ -93,10 +113,27 @@ def _scalar(text: str) -> Any:
     return value
 
 
+def typed(recipe_class: type[BaseModel] | None, values: Any) -> Any:
+    """`values` with each Setting replaced by its text where the key is marked Verbatim, by its YAML value elsewhere."""
+    fields = recipe_class.model_fields if recipe_class else {}
+    result = {}
+    for key, value in values.items():
+        field = fields.get(key)
+        if isinstance(value, Setting):
+            verbatim = field is not None and any(isinstance(mark, Verbatim) for mark in field.metadata)
+            result[key] = value.text if verbatim else value.value
+        elif isinstance(value, dict):
+            inner = field.annotation if field else None
+            result[key] = typed(inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None, value)
+        else:
+            result[key] = value
+    return result
+
+
 def build(recipe_class: type[RecipeT], values: dict[str, Any], *, prefix: str = "") -> RecipeT:
     """Validate `values` into a frozen recipe; UsageError in one sentence where they are wrong."""
     try:
-        return recipe_class.model_validate(values)
+        return recipe_class.model_validate(typed(recipe_class, values))
     except ValidationError as error:
         sentences = [_sentence(recipe_class, item, prefix) for item in error.errors()]
         raise UsageError(" ".join(dict.fromkeys(sentences))) from None

@@ -7,18 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from engine.config import UsageError, build, nearest
+from engine.config import UsageError, Verbatim, build, nearest, typed
 from models.config import MODEL_CONFIGS
 from sharding.plan import ShardOptions
 
 
 def _as_text(value: Any) -> Any:
-    # On the command line `out=2026` is YAML for a number; a path is text all the same.
+    # In a recipe file `out: 2026` is YAML for a number; a path is text all the same.
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Place = Annotated[Path, BeforeValidator(_as_text)]
-Text = Annotated[str, BeforeValidator(_as_text)]
+Place = Annotated[Path, BeforeValidator(_as_text), Verbatim()]
+Text = Annotated[str, BeforeValidator(_as_text), Verbatim()]
 
 
 class _Recipe(BaseModel):
@@ -41,7 +41,7 @@ class ShardRecipe(_Recipe):
     max_bad_fraction: float = Field(0.5, ge=0, le=1, description="a slide with more damaged patches is quarantined")
     patches_per_shard: int = Field(4096, ge=1, description="patches in a shard, about")
     workers: int | Literal["auto"] = Field("auto", description="processes; auto is one per CPU core")
-    seed: int = Field(0, ge=0, description="of the order of the patches inside the shards")
+    seed: int = Field(0, ge=0, lt=2**64, description="of the order of the patches inside the shards")
 
     @model_validator(mode="after")
     def _consistent(self) -> ShardRecipe:
@@ -94,7 +94,7 @@ class TrainRecipe(_Recipe):
     crop_px: int = Field(224, ge=16, description="what the model sees; not larger than the stored patch")
     flips: bool = Field(True, description="random horizontal and vertical flips")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of process tokens that is masked")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, sample order, crops and masks")
     processes: int | Literal["auto"] = Field("auto", description="ranks; auto is one per visible GPU, else one")
     loader: Literal["auto", "dali", "torch"] = Field("auto", description="a named loader never falls back")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on a GPU, fp32 on the CPU")
@@ -113,6 +113,7 @@ class TrainRecipe(_Recipe):
 
 def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
     """Validate a train recipe, `model.*` against the named model's config; its img_size is crop_px."""
+    values = typed(TrainRecipe, values)
     model = values.get("model")
     if not isinstance(model, dict) or "name" not in model:
         raise UsageError("the key 'model.name' is missing: give it as model.name=vittm_hmr.")

@@ -60,7 +60,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone, SIGKILL included (Linux; elsewhere nothing)."""
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when process `parent_pid`, its parent, is gone, SIGKILL included.
+
+    Linux only; elsewhere nothing happens.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # it died before the request
+            os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -15,11 +16,11 @@ from engine.cluster import Crash, fan_out
 from engine.config import UsageError, dump
 from engine.console import progress, say
 from engine.recipes import ShardRecipe
-from engine.slide_list import ListedSlide, list_slides
+from engine.slide_list import ListedSlide, absolute, list_slides
 from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
 from sharding.index import read_meta
-from sharding.lock import folder_lock
+from sharding.lock import LOCK_NAME, LockedError, folder_lock
 from sharding.slide import fingerprint
 from sharding.slide_job import WORK, Estimate, SlideJob, SlideRecord, estimate_slide, quarantined, run_slide
 
@@ -38,39 +39,61 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     out = recipe.out.expanduser().resolve()
     slides = list_slides(recipe.slides)
     _check_place(out)
-    if (out / "dataset.json").is_file():
-        meta = _finished(out, recipe, slides)
-        if (out / WORK).is_dir():  # a run was killed between its last two steps
-            shutil.rmtree(out / WORK)
-        say(f"{out} is finished already; nothing was written.")
-        _note_changed_columns(out, slides)
-        return _summary(out, meta, _failures(out), time.monotonic() - started)
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        for folder in (out, out / "shards", out / WORK):
-            folder.mkdir(exist_ok=True)
-            sweep_temporary(folder)
-        _claim(out, recipe)
-        jobs, twins = _jobs(slides, out, recipe)
-        records = twins + _run_jobs(jobs, recipe, local=local, address=address)
-        _drop_unlisted(out, records)
-        with atomic_path(out / "recipe.yaml") as temporary:
-            temporary.write_text(dump(recipe), encoding="utf-8")
-        _log(out, records)
-        meta = finish_dataset(out, recipe.options(), records, {slide.slide_id: slide.columns for slide in slides})
-        shutil.rmtree(out / WORK)
+    recipe = recipe.model_copy(update={"out": out, "slides": absolute(recipe.slides)})
+    if not (out / "dataset.json").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(out):
+            if not (out / "dataset.json").is_file():  # else another process finished it meanwhile
+                meta = _make(out, recipe, slides, local=local, address=address)
+                return _summary(out, meta, _failures(out), time.monotonic() - started)
+    meta = _finished(out, recipe, slides)
+    _clean_up(out)
+    say(f"{out} is finished already; nothing was written.")
+    _note_changed_columns(out, slides)
     return _summary(out, meta, _failures(out), time.monotonic() - started)
 
 
-def dry_run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None) -> dict[str, Any]:
-    """Say what `run` would make, and write nothing: slides, patches per route, shards, bytes, seconds."""
+def _make(
+    out: Path, recipe: ShardRecipe, slides: Sequence[ListedSlide], *, local: bool, address: str | None
+) -> dict[str, Any]:
+    """Do what is left to do; the caller holds the lock. Returns dataset.json's content."""
+    # The folder for work comes first: it is what a rerun knows an unfinished dataset by.
+    for folder in (out, out / WORK, out / "shards"):
+        folder.mkdir(exist_ok=True)
+        sweep_temporary(folder)
+    _claim(out, recipe)
+    jobs, twins = _jobs(slides, out, recipe)
+    records = twins + _run_jobs(jobs, recipe, local=local, address=address)
+    _drop_unlisted(out, records)
+    with atomic_path(out / "recipe.yaml") as temporary:
+        temporary.write_text(dump(recipe), encoding="utf-8")
+    _log(out, records)
+    meta = finish_dataset(out, recipe.options(), records, {slide.slide_id: slide.columns for slide in slides})
+    shutil.rmtree(out / WORK)
+    return meta
+
+
+def _clean_up(out: Path) -> None:
+    """Remove what a run that was killed after its last write left in a finished dataset."""
+    if (out / WORK).exists() or (out / LOCK_NAME).exists():
+        with contextlib.suppress(LockedError), folder_lock(out):
+            shutil.rmtree(out / WORK, ignore_errors=True)
+            sweep_temporary(out)
+
+
+def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any]:
+    """Say what `run` would make, and write nothing: slides, patches per route, shards, bytes, seconds.
+
+    It plans in processes of this machine; a Ray cluster is used only where one is named.
+    """
     started = time.monotonic()
     slides = list_slides(recipe.slides)
-    jobs, twins = _jobs(slides, recipe.out.expanduser().resolve(), recipe)
+    out = recipe.out.expanduser().resolve()
+    jobs, twins = _jobs(slides, out, recipe)
     workers = _workers(recipe)
     estimates = [_as_estimate(twin) for twin in twins]
     with progress("plan", len(jobs), "slides") as advance:
-        for done in fan_out(estimate_slide, jobs, workers=workers, local=local, address=address):
+        for done in fan_out(estimate_slide, jobs, workers=workers, local=address is None, address=address):
             if isinstance(done.result, Crash):
                 estimates.append(_as_estimate(quarantined(done.job, done.result.reason)))
             else:
@@ -82,7 +105,7 @@ def dry_run(recipe: ShardRecipe, *, local: bool = False, address: str | None = N
 
     return {
         "dry_run": True,
-        "dataset": str(recipe.out),
+        "dataset": str(out),
         "slides": {"done": len(estimates) - len(bad), "quarantined": len(bad)},
         "patches": {"copy": 0, "decode": sum(e.patches for e in estimates), "quarantined": 0},
         "shards": sum(e.shards for e in estimates),

@@ -18,6 +18,11 @@ SUFFIXES = frozenset(
 )
 
 
+_TEXT_COLUMNS = frozenset({"slide_id", "path", "mpp"})
+_WHOLE = r"^-?(0|[1-9]\d{0,17})$"
+_DECIMAL = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"
+
+
 @dataclass(frozen=True, slots=True)
 class ListedSlide:
     """A slide as the user listed it. `columns` are the CSV's further columns, for slides.parquet."""
@@ -61,17 +66,28 @@ def list_slides(source: str) -> list[ListedSlide]:
     return sorted(slides, key=lambda slide: slide.slide_id)
 
 
+def absolute(source: str) -> str:
+    """`source` (folder, glob, CSV or slide) as it is named from any folder."""
+    path = Path(source).expanduser()
+    return str(path if path.is_absolute() else Path.cwd() / path)
+
+
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
 def _from_paths(paths: Iterable[Path]) -> list[ListedSlide]:
-    return [ListedSlide(p.stem, p.resolve()) for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+    # A link that leads nowhere is listed too: it is reported as a slide that cannot be read, not left out in silence.
+    return [
+        ListedSlide(p.stem, p.resolve())
+        for p in paths
+        if p.suffix.lower() in SUFFIXES and (p.is_file() or (p.is_symlink() and not p.exists()))
+    ]
 
 
 def _from_csv(path: Path) -> list[ListedSlide]:
     try:
-        table = pl.read_csv(path, infer_schema_length=None, schema_overrides={"slide_id": pl.String, "path": pl.String})
+        table = pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UsageError(f"slide list {path}: {' '.join(str(error).split())}") from None
     if "path" not in table.columns:
@@ -80,6 +96,7 @@ def _from_csv(path: Path) -> list[ListedSlide]:
     clash = sorted(taken & set(table.columns))
     if clash:
         raise UsageError(f"slide list {path}: slides.parquet has its own column {clash[0]!r}; rename yours.")
+    table = table.with_columns(_plain_numbers(table[name]) for name in table.columns if name not in _TEXT_COLUMNS)
     slides = []
     for number, row in enumerate(table.iter_rows(named=True), start=2):
         if not row["path"]:
@@ -89,6 +106,16 @@ def _from_csv(path: Path) -> list[ListedSlide]:
         slide_id = row.pop("slide_id", None) or file.stem
         slides.append(ListedSlide(slide_id, file, _mpp(path, number, row.pop("mpp", None)), row))
     return slides
+
+
+def _plain_numbers(column: pl.Series) -> pl.Series:
+    """A column of text as numbers where each of them is written plainly; `0042` is a name, not forty-two."""
+    if column.null_count() == len(column):
+        return column
+    for pattern, kind in ((_WHOLE, pl.Int64), (_DECIMAL, pl.Float64)):
+        if column.drop_nulls().str.contains(pattern).all():
+            return column.cast(kind)
+    return column
 
 
 def _mpp(path: Path, number: int, value: Any) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import warnings
@@ -95,7 +96,7 @@ def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
         start_method="spawn",
     )
     try:
-        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe)
+        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe, os.getpid())
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
@@ -112,7 +113,8 @@ def _failure_text(failure: Any) -> str:
     return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
 
 
-def _launched_rank(recipe: TrainRecipe) -> dict[str, Any]:
+def _launched_rank(recipe: TrainRecipe, launcher_pid: int) -> dict[str, Any]:
+    die_with_parent(launcher_pid)
     # A terminal sends Ctrl-C to every process; the launcher alone answers it and ends its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return train_rank(recipe)
@@ -129,7 +131,6 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
 
     runtime = Runtime.detect(recipe.precision)
     if runtime.world_size > 1:
-        die_with_parent()
         torch.set_num_threads(max(1, usable_cores() // runtime.world_size))
         # A 1x1 convolution's gradient has two equally valid stride orders; DDP warns on every rank about it.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -214,7 +214,7 @@ def _open_openslide(path: Path) -> Slide:
     try:
         from sharding.readers.openslide_reader import OpenSlideReader
 
-        return Slide(path, OpenSlideReader(path), None)
+        reader = OpenSlideReader(path)
     except ImportError as error:
         raise UnreadableSlideError(f"not installed ({error})") from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -223,6 +223,12 @@ def _open_openslide(path: Path) -> Slide:
         if type(error).__module__.startswith("openslide"):
             raise UnreadableSlideError(_one_line(error)) from None
         raise
+    # OpenSlide takes an empty tile for background and says nothing; where the tiles can be proven, they are.
+    tiles = JpegTiles.open(path)
+    if isinstance(tiles, JpegTiles) and not tiles.match_levels([(lv.width_px, lv.height_px) for lv in reader.levels]):
+        tiles.close()
+        tiles = ""
+    return Slide(path, reader, tiles if isinstance(tiles, JpegTiles) else None)
 
 
 def _one_line(error: Exception) -> str:

@@ -87,7 +87,7 @@ def read_record(job: SlideJob) -> SlideRecord | None:
     folder = Path(job.dataset) / "shards"
     for shard in value["shards"]:
         tar = folder / f"{shard.name}.tar"
-        committed = tar.is_file() and (folder / f"{shard.name}.parquet").is_file()
+        committed = all((folder / f"{shard.name}.{suffix}").is_file() for suffix in ("tar", "idx", "parquet"))
         if not committed or tar.stat().st_size != shard.bytes:
             return None
     return SlideRecord(**value)
@@ -123,7 +123,7 @@ def _concerns_slide(error: OSError, job: SlideJob) -> bool:
 def _shard(job: SlideJob, started: float) -> SlideRecord:
     path = Path(job.path)
     if fingerprint(path) != job.fingerprint:
-        raise SlideError("the file changed while the run was under way; run again")
+        raise SlideError("the file changed while the run was under way; shard it again, into another folder")
     options = job.options
     with open_slide(path, options.reader) as slide:
         plan = plan_slide(slide, job.fingerprint, options, mpp_override=job.mpp_override)
@@ -194,6 +194,7 @@ def estimate_slide(job: SlideJob) -> Estimate:
         with open_slide(Path(job.path), job.options.reader) as slide:
             plan = plan_slide(slide, job.fingerprint, job.options, mpp_override=job.mpp_override)
             planned = time.monotonic()
+            keys = order_keys(plan.sample_id, job.options.seed)
             sizes = []
             for i in np.unique(np.linspace(0, plan.num_patches - 1, _ESTIMATE_PATCHES).astype(int)):
                 if plan.num_patches == 0:
@@ -212,7 +213,7 @@ def estimate_slide(job: SlideJob) -> Estimate:
                 mpp_source="unknown" if plan.spacing is None else plan.spacing.source,
                 reader=slide.reader_name,
                 patches=plan.num_patches,
-                shards=shards_needed(plan, job.options),
+                shards=len(np.unique(shard_numbers(keys, shards_needed(plan, job.options)))),
                 bytes=round(plan.num_patches * float(np.mean(sizes))) if sizes else 0,
                 seconds=planned - started + per_patch * plan.num_patches,
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 import simplejpeg
 import tifffile
 
+_MAX_PAGES = 1000
 _SOI = b"\xff\xd8"
 _JPEG_COMPRESSION = 7
 _UNIT_UM = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
@@ -52,7 +53,9 @@ class JpegTiles:
         try:
             with tifffile.TiffFile(path) as tiff:
                 first = tiff.pages[0]
-                pages = [_page(page) for page in tiff.pages if page.is_tiled and page.compression == _JPEG_COMPRESSION]
+                pages = [
+                    _page(page) for page in _chain(tiff) if page.is_tiled and page.compression == _JPEG_COMPRESSION
+                ]
                 description, resolution = first.description or "", _resolution_um(first)
                 tiled, compression = first.is_tiled, first.compression
         except Exception as error:  # tifffile raises many kinds on hostile files; all mean "not readable here"
@@ -99,15 +102,28 @@ class JpegTiles:
             return f"is no JPEG: it starts with {data[:2].hex()}"
         stream = page.tables + data[2:] if page.tables else data
         try:
-            height_px, width_px = simplejpeg.decode_jpeg(stream, strict=True).shape[:2]
+            # The size first: a damaged header can ask for 12 GB.
+            height_px, width_px = simplejpeg.decode_jpeg_header(stream)[:2]
+            if (width_px, height_px) != (page.tile_width_px, page.tile_height_px):
+                expected = f"{page.tile_width_px}x{page.tile_height_px}"
+                return f"decodes to {width_px}x{height_px} px where {expected} is expected"
+            simplejpeg.decode_jpeg(stream, strict=True)
         except ValueError as error:
             return f"does not decode: {' '.join(str(error).split())}"
-        if (width_px, height_px) != (page.tile_width_px, page.tile_height_px):
-            return f"decodes to {width_px}x{height_px} px where {page.tile_width_px}x{page.tile_height_px} is expected"
         return ""
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _chain(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
+    """The pages of a file; an error where a hostile chain has no end: tifffile would follow it for ever."""
+    seen: set[int] = set()
+    for page in tiff.pages:
+        if page.offset in seen or len(seen) == _MAX_PAGES:
+            raise ValueError("its chain of pages runs in a circle or is endless")
+        seen.add(page.offset)
+        yield page
 
 
 def _page(page: tifffile.TiffPage) -> _Page:

@@ -22,6 +22,7 @@ _MIN_SATURATION = 15
 _MIN_OBJECT_UM2 = 1000.0
 _MAX_HOLE_UM2 = 4000.0
 _STRIP_PX = 4096
+_DAMAGE_PX = 64
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -119,7 +120,7 @@ def find_tissue(slide: Slide, mpp0: float | None) -> TissueMask:
     so that its patches are planned, found damaged and reported instead of vanishing.
     """
     target = TARGET_UM / mpp0 if mpp0 else _TARGET_DOWNSAMPLE
-    fit = [i for i, level in enumerate(slide.levels) if level.downsample_x <= target * 1.05]
+    fit = [i for i, level in enumerate(slide.levels) if level.downsample_x <= target * 1.05] or [0]
     for level in sorted(fit, key=lambda i: slide.levels[i].downsample_x, reverse=True):
         factor = max(1, round(target / slide.levels[level].downsample_x))
         picture, damaged = _read_mean(slide, level, factor)
@@ -144,15 +145,32 @@ def _read_mean(slide: Slide, level: int, factor: int) -> tuple[Pixels, BoolArray
     step = max(1, _STRIP_PX // factor)
     for i in range(0, rows, step):
         for j in range(0, columns, step):
-            y, x = i * factor, j * factor
-            height = min(step * factor, size.height_px - y)
-            width = min(step * factor, size.width_px - x)
             cells = (slice(i, min(i + step, rows)), slice(j, min(j + step, columns)))
-            try:
-                picture[cells] = _block_mean(slide.read(level, x, y, width, height), factor)
-            except DamagedTileError:
-                damaged[cells] = True
+            _read_cells(slide, level, factor, cells, picture, damaged)
     return picture, damaged
+
+
+def _read_cells(
+    slide: Slide, level: int, factor: int, cells: tuple[slice, slice], picture: Pixels, damaged: BoolArray
+) -> None:
+    """Fill some cells of `picture`; around damage they are quartered, so that no more than the damage is lost."""
+    size, (down, across) = slide.levels[level], cells
+    y, x = down.start * factor, across.start * factor
+    height, width = min(down.stop * factor, size.height_px) - y, min(across.stop * factor, size.width_px) - x
+    try:
+        picture[cells] = _block_mean(slide.read(level, x, y, width, height), factor)
+    except DamagedTileError:
+        if max(width, height) <= max(factor, _DAMAGE_PX):
+            damaged[cells] = True
+            return
+        for rows in _halves(down):
+            for columns in _halves(across):
+                _read_cells(slide, level, factor, (rows, columns), picture, damaged)
+
+
+def _halves(cells: slice) -> list[slice]:
+    middle = (cells.start + cells.stop + 1) // 2
+    return [part for part in (slice(cells.start, middle), slice(middle, cells.stop)) if part.start < part.stop]
 
 
 def _block_mean(pixels: Pixels, factor: int) -> Pixels:

@@ -37,6 +37,8 @@ def verify_dataset(dataset: Path, *, on_shard: Callable[[], None] | None = None)
     for number, shard in enumerate(meta["shards"]):
         table = _read_parquet(dataset / "shards" / f"{shard['name']}.parquet", bad, shard["name"])
         if table is not None:
+            if file_sha256(dataset / "shards" / f"{shard['name']}.parquet") != shard["index_sha256"]:
+                bad.append(_bad(shard["name"], None, "its Parquet has changed since it was written (SHA-256)"))
             bad.extend(_check_index(table, number, start, shard, rows, index))
             checked, found = _check_shard(dataset, shard, table)
             samples += checked
@@ -69,9 +71,8 @@ def _check_files(dataset: Path, meta: dict[str, Any]) -> Iterator[Bad]:
         elif not isinstance(recorded, dict) or file_sha256(path) != recorded.get(name):
             yield _bad(None, None, f"{name} has changed since it was written (SHA-256)")
     listed = {shard["name"] for shard in meta["shards"]}
-    for path in sorted((dataset / "shards").glob("*.tar")):
-        if path.stem not in listed:
-            yield _bad(path.stem, None, "the shard is not listed in dataset.json")
+    for stem in sorted({path.stem for path in (dataset / "shards").iterdir()} - listed):
+        yield _bad(stem, None, "the shard is not listed in dataset.json")
 
 
 def _rows(dataset: Path, bad: list[Bad]) -> np.ndarray[Any, np.dtype[np.void]] | None:

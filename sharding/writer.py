@@ -24,6 +24,7 @@ class ShardRecord:
     samples: int
     bytes: int
     sha256: str
+    index_sha256: str
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -86,5 +87,6 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, bytes]], c
         ("crc32", checksums),
     ):
         table = table.append_column(INDEX_SCHEMA.field(column), pa.array(values, INDEX_SCHEMA.field(column).type))
-    write_table(table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA), folder / f"{name}.parquet")
-    return ShardRecord(name, len(keys), position, digest.hexdigest())
+    parquet = folder / f"{name}.parquet"
+    write_table(table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA), parquet)
+    return ShardRecord(name, len(keys), position, digest.hexdigest(), hashlib.sha256(parquet.read_bytes()).hexdigest())

@@ -24,13 +24,15 @@ class CucimReader:
         self._image = CuImage(str(path))
         resolutions = self._image.resolutions
         self.levels: tuple[Level, ...] = make_levels([(int(w), int(h)) for w, h in resolutions["level_dimensions"]])
+        # cuCIM divides by the mean of both axes' downsamples, not by each axis' own.
+        self._downsamples = [float(d) for d in resolutions["level_downsamples"]]
         self.spacing = _spacing(description, resolution_um)
 
     def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
         """uint8 [height_px, width_px, 3]. The rectangle must lie inside the level."""
-        size = self.levels[level]
+        downsample = self._downsamples[level]
         # cuCIM wants level-0 coordinates and floors when it divides; ceil makes the floor land on x_px, y_px.
-        location = (math.ceil(x_px * size.downsample_x), math.ceil(y_px * size.downsample_y))
+        location = (math.ceil(x_px * downsample), math.ceil(y_px * downsample))
         region = self._image.read_region(location=location, size=(width_px, height_px), level=level)
         pixels = np.asarray(region)
         if pixels.shape[:2] != (height_px, width_px) or pixels.dtype != np.uint8:

@@ -20,7 +20,11 @@ class OpenSlideReader:
         self._path = path
         self._slide = openslide.OpenSlide(str(path))
         self.levels: tuple[Level, ...] = make_levels([(int(w), int(h)) for w, h in self._slide.level_dimensions])
-        self.spacing = _spacing(dict(self._slide.properties))
+        properties = dict(self._slide.properties)
+        self.spacing = _spacing(properties)
+        # OpenSlide shows a tile of no bytes in an SVS (a writer's bug or damage) as transparent, on every level above
+        # it too. An SVS leaves nothing out, so there it is damage; other formats have no pixels where none were taken.
+        self._complete = properties.get(openslide.PROPERTY_NAME_VENDOR) == "aperio"
 
     def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
         """uint8 [height_px, width_px, 3]; what the scanner left out (transparent) is white."""
@@ -35,6 +39,10 @@ class OpenSlideReader:
         alpha = rgba[:, :, 3:]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgba[:, :, :3])
+        if self._complete and alpha.min() == 0:
+            raise DamagedTileError(
+                f"level {level} has an empty TIFF tile in {width_px}x{height_px} px at ({x_px}, {y_px})"
+            )
         rgb = rgba[:, :, :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
         return ((rgb + 127) // 255).astype(np.uint8)
 

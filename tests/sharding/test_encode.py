@@ -1,0 +1,136 @@
+"""The pixels of a patch, and their JPEG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from sharding.encode import encode_patch, read_patch
+from sharding.grid import Geometry, choose_geometry
+from sharding.slide import DamagedTileError, Level, Pixels, Slide, Spacing, make_levels, open_slide
+
+
+def box_mean(picture: np.ndarray, factor: int) -> np.ndarray:
+    height, width, _ = picture.shape
+    return picture.reshape(height // factor, factor, width // factor, factor, 3).mean(axis=(1, 3))
+
+
+class FakeReader:
+    """One level given as an array."""
+
+    name = "fake"
+    spacing: Spacing | None = None
+
+    def __init__(self, picture: Pixels) -> None:
+        self._picture = picture
+        self.levels: tuple[Level, ...] = make_levels([(picture.shape[1], picture.shape[0])])
+
+    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
+        return self._picture[y_px : y_px + height_px, x_px : x_px + width_px]
+
+    def close(self) -> None:
+        pass
+
+
+def fake(picture: np.ndarray) -> Slide:
+    return Slide(Path("x"), FakeReader(picture.astype(np.uint8)), None)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (600, 600, 3))
+
+
+@pytest.mark.parametrize("reader", ["cucim", "openslide"])
+def test_at_scale_1_they_are_the_slides_own_pixels(reader: Any, slides: Any, decoded: Any) -> None:
+    pictures = decoded(slides["plain"])
+    with open_slide(slides["plain"], reader) as slide:
+        for level, x, y in ((0, 256, 512), (0, 37, 641), (1, 64, 100)):
+            pixels = read_patch(slide, Geometry(level, 1.0, 0.5, 128, 128), x, y)
+            assert np.array_equal(pixels, pictures[level][y : y + 128, x : x + 128])
+
+
+def test_at_scale_1_half_pixels_are_rounded_up() -> None:
+    geometry = Geometry(0, 1.0, 0.5, 51, 50)
+    assert np.array_equal(read_patch(fake(NOISE), geometry, 99.5, 49.5), NOISE[50:101, 100:151])
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_an_integer_scale_is_the_exact_mean(factor: int) -> None:
+    geometry = Geometry(0, float(factor), 0.5, 64, 64)
+    for x, y in ((0, 0), (64 * factor, 32), (7, 11)):
+        pixels = read_patch(fake(NOISE), geometry, x, y)
+        side = 64 * factor
+        expected = box_mean(NOISE[y : y + side, x : x + side], factor)
+        assert pixels.shape == (64, 64, 3)
+        assert np.abs(pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("reader", ["cucim", "openslide"])
+def test_a_40x_slide_is_halved_to_half_a_micrometre(reader: Any, slides: Any, decoded: Any) -> None:
+    picture = decoded(slides["fine"])[0]
+    with open_slide(slides["fine"], reader) as slide:
+        geometry = choose_geometry(slide.levels, slide.spacing(), mpp=0.5, context_px=128, stride_px=128)
+        assert (geometry.level, geometry.scale, geometry.read_px) == (0, 2.0, 256)
+        for x, y in ((256, 256), (512, 768), (768, 0)):
+            expected = box_mean(picture[y : y + 256, x : x + 256], 2)
+            assert np.abs(read_patch(slide, geometry, x, y) - expected).max() <= 1
+
+
+def test_a_fractional_scale_keeps_shapes_where_they_are() -> None:
+    """A smooth ramp has a known value everywhere: the middle of every stored pixel has to fall on it."""
+    y, x = np.mgrid[0:600, 0:600]
+    ramp = np.stack([x * 0.4, y * 0.4, np.full_like(x, 77.0)], axis=2)
+    scale = 0.5 / 0.2374
+    geometry = Geometry(0, scale, 0.5, 100, 100)
+    for left, top in ((0.0, 0.0), (100 * scale, 33.37)):
+        pixels = read_patch(fake(np.round(ramp)), geometry, left, top)
+        middles = (np.arange(100) + 0.5) * scale - 0.5
+        inner = slice(2, -2)
+        assert np.abs(pixels[inner, inner, 0] - (left + middles[inner])[None, :] * 0.4).max() <= 1.5
+        assert np.abs(pixels[inner, inner, 1] - (top + middles[inner])[:, None] * 0.4).max() <= 1.5
+        assert np.abs(pixels[..., 2].astype(int) - 77).max() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 1.7])
+def test_beyond_the_slide_a_patch_is_white(scale: float) -> None:
+    dark = np.zeros((600, 600, 3))
+    pixels = read_patch(fake(dark), Geometry(0, scale, 0.5, 64, 32), -16 * scale, -16 * scale)
+    # A cubic kernel reaches two pixels across the border.
+    assert pixels[:13].min() >= 250
+    assert pixels[:, :13].min() >= 250
+    assert pixels[19:, 19:].max() <= 5
+
+
+def test_the_jpeg_is_baseline_444_of_the_asked_quality_and_always_the_same() -> None:
+    small = Image.fromarray(NOISE[:16, :16].astype(np.uint8))
+    smooth = np.asarray(small.resize((128, 128), Image.Resampling.BICUBIC))
+    data = encode_patch(smooth, 90)
+    assert data == encode_patch(smooth.copy(), 90)
+    assert len(encode_patch(smooth, 50)) < len(data)
+    height, width, colourspace, subsampling = simplejpeg.decode_jpeg_header(data)
+    assert (height, width, colourspace, subsampling) == (128, 128, "YCbCr", "444")
+    assert b"\xff\xc0\x00\x11" in data
+    assert np.abs(simplejpeg.decode_jpeg(data, strict=True).astype(int) - smooth).mean() < 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), simplejpeg.decode_jpeg(data, strict=True))
+
+
+def test_a_view_that_is_not_contiguous_encodes_like_its_copy() -> None:
+    picture = NOISE.astype(np.uint8)
+    assert encode_patch(picture[10:74, 20:84], 80) == encode_patch(picture[10:74, 20:84].copy(), 80)
+
+
+def test_a_damaged_tile_gives_no_patch(slides: Any, damage_tile: Callable[..., Path], tmp_path: Path) -> None:
+    path = damage_tile(slides["fine"], tmp_path / "bad.svs", 0, 1, 1, "zeroed")
+    geometry = Geometry(0, 2.0, 0.5, 128, 128)
+    with open_slide(path) as slide:
+        with pytest.raises(DamagedTileError):
+            read_patch(slide, geometry, 256.0, 256.0)
+        # The neighbour ends where the damage begins: not one pixel of it may be read.
+        assert read_patch(slide, geometry, 512.0, 256.0).shape == (128, 128, 3)
+        assert read_patch(slide, geometry, 0.0, 256.0 + 1e-9).shape == (128, 128, 3)
