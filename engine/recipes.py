@@ -36,7 +36,7 @@ class ShardRecipe(_Recipe):
     min_tissue: float = Field(0.5, ge=0, le=1, description="smallest share of tissue in a grid cell")
     quality: int = Field(85, ge=1, le=100, description="JPEG quality of re-encoded patches (4:4:4)")
     reader: Literal["auto", "cucim", "openslide"] = Field("auto", description="a named reader never falls back")
-    routes: Literal["auto", "decode"] = Field("auto", description="how patches are made; decode is the only one yet")
+    routes: Literal["auto", "decode"] = Field("auto", description="auto copies a TIFF tile that is a patch, losslessly")
     permute: Literal["slide"] = Field("slide", description="a slide's patches share shards, in random order")
     max_bad_fraction: float = Field(0.5, ge=0, le=1, description="a slide with more damaged patches is quarantined")
     patches_per_shard: int = Field(4096, ge=1, description="patches in a shard, about")
@@ -66,6 +66,7 @@ class ShardRecipe(_Recipe):
             min_tissue=self.min_tissue,
             quality=self.quality,
             reader=self.reader,
+            routes=self.routes,
             max_bad_fraction=self.max_bad_fraction,
             patches_per_shard=self.patches_per_shard,
             seed=self.seed,

@@ -101,13 +101,14 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
             advance(1, "")
     estimates.sort(key=lambda estimate: estimate.slide_id)
     bad = [e for e in estimates if e.reason]
+    copied = sum(e.patches_copied for e in estimates)
     from engine.runtime import usable_cores
 
     return {
         "dry_run": True,
         "dataset": str(out),
         "slides": {"done": len(estimates) - len(bad), "quarantined": len(bad)},
-        "patches": {"copy": 0, "decode": sum(e.patches for e in estimates), "quarantined": 0},
+        "patches": {"copy": copied, "decode": sum(e.patches for e in estimates) - copied, "quarantined": 0},
         "shards": sum(e.shards for e in estimates),
         "bytes": sum(e.bytes for e in estimates),
         "seconds": round(sum(e.seconds for e in estimates) / (workers or usable_cores()), 1),
@@ -118,7 +119,7 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
 
 
 def _as_estimate(record: SlideRecord) -> Estimate:
-    return Estimate(record.slide_id, record.reason, None, "", "", 0, 0, 0, 0.0)
+    return Estimate(record.slide_id, record.reason, None, "", "", 0, 0, 0, 0, 0.0)
 
 
 def _workers(recipe: ShardRecipe) -> int | None:
@@ -280,7 +281,11 @@ def _summary(out: Path, meta: dict[str, Any], failures: list[dict[str, str]], se
         "dataset": str(out),
         "digest": meta["digest"],
         "slides": {"done": counts["slides_done"], "quarantined": counts["slides_quarantined"]},
-        "patches": {"copy": 0, "decode": counts["patches"], "quarantined": counts["patches_quarantined"]},
+        "patches": {
+            "copy": counts["patches_copied"],
+            "decode": counts["patches"] - counts["patches_copied"],
+            "quarantined": counts["patches_quarantined"],
+        },
         "shards": counts["shards"],
         "bytes": counts["bytes"],
         "seconds": round(seconds, 3),

@@ -29,6 +29,7 @@ _SLIDE_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("height_px0", pa.int64()),
     ("levels", pa.int32()),
     ("patches", pa.int64()),
+    ("patches_copied", pa.int64()),
     ("patches_quarantined", pa.int64()),
 ]
 DIGESTED_FILES = ("index.parquet", "rows.bin", "slides.parquet")
@@ -69,6 +70,7 @@ def finish_dataset(
                 "status": r.status,
                 "mpp_override": r.mpp_override,
                 "patches": r.patches,
+                "patches_copied": r.patches_copied,
                 "patches_quarantined": r.patches_quarantined,
             }
             for r in records
@@ -90,6 +92,7 @@ def _counts(records: list[SlideRecord], shards: list[ShardRecord]) -> dict[str, 
         "slides_done": len(done),
         "slides_quarantined": len(records) - len(done),
         "patches": sum(record.patches for record in records),
+        "patches_copied": sum(record.patches_copied for record in records),
         "patches_quarantined": sum(record.patches_quarantined for record in records),
         "shards": len(shards),
         "bytes": sum(shard.bytes for shard in shards),

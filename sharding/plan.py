@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class ShardOptions:
     min_tissue: float
     quality: int
     reader: ReaderName
+    routes: Literal["auto", "decode"]
     max_bad_fraction: float
     patches_per_shard: int
     seed: int
@@ -42,7 +43,10 @@ class ShardOptions:
 
 @dataclass(frozen=True, slots=True)
 class SlidePlan:
-    """The patches of one slide in raster order; arrays have one entry per patch."""
+    """The patches of one slide in raster order; arrays have one entry per patch.
+
+    `copies`: grid and TIFF tiles coincide, so that a patch is its tile, copied (unless that very tile cannot be).
+    """
 
     geometry: Geometry
     spacing: Spacing | None
@@ -51,6 +55,7 @@ class SlidePlan:
     sample_id: npt.NDArray[np.uint64]
     tissue_fraction: npt.NDArray[np.float32]
     flags: npt.NDArray[np.uint32]
+    copies: bool
 
     @property
     def num_patches(self) -> int:
@@ -92,6 +97,10 @@ def plan_slide(slide: Slide, fingerprint: str, options: ShardOptions, *, mpp_ove
         sample_id=sample_ids(fingerprint, kept, geometry),
         tissue_fraction=fraction[keep],
         flags=np.where(kept.outside, FLAG_OUTSIDE, 0).astype(np.uint32),
+        copies=options.routes == "auto"
+        and geometry.scale == 1.0
+        and geometry.context_px == geometry.stride_px
+        and slide.copies_tiles(geometry.level, geometry.context_px),
     )
 
 

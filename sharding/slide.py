@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharding.tiff_tiles import JpegTiles
+from sharding.jpeg import NotCopyableError
+from sharding.tiff_tiles import JpegTiles, TileDefectError
 
 ReaderName = Literal["auto", "cucim", "openslide"]
 Pixels = npt.NDArray[np.uint8]
@@ -92,9 +93,14 @@ def fingerprint(path: Path) -> str:
 
 
 class Slide:
-    """An open slide. Every pixel it returns comes from data that a strict decoder accepted."""
+    """An open slide. Every pixel it returns comes from data that a strict decoder accepted.
 
-    def __init__(self, path: Path, reader: Reader, tiles: JpegTiles | None) -> None:
+    `tiles` proves JPEG tiles before `reader` reads them; with `decodes_tiles` their pixels are taken from that proof,
+    and the reader serves only tiles that cannot be decoded by themselves.
+    """
+
+    def __init__(self, path: Path, reader: Reader, tiles: JpegTiles | None, *, decodes_tiles: bool = False) -> None:
+        self._decodes_tiles = decodes_tiles and tiles is not None
         self.path = path
         self.levels = reader.levels
         self._reader = reader
@@ -102,7 +108,25 @@ class Slide:
 
     @property
     def reader_name(self) -> str:
-        return self._reader.name
+        """Who gives the pixels: `libjpeg` (the TIFF's own JPEG tiles), `cucim` or `openslide`."""
+        return "libjpeg" if self._decodes_tiles else self._reader.name
+
+    def copies_tiles(self, level: int, size_px: int) -> bool:
+        """Whether the level's TIFF tiles are JPEG of size_px x size_px, so that a patch on their grid can be copied."""
+        return self._tiles is not None and self._tiles.tile_size(level) == (size_px, size_px)
+
+    def copy_tile(self, level: int, column: int, row: int) -> bytes | None:
+        """TIFF tile (column, row) as a JPEG stream of its own, losslessly; None where it decodes but cannot be copied.
+
+        Raises DamagedTileError where it does not decode.
+        """
+        assert self._tiles is not None
+        try:
+            return self._tiles.copy(level, column, row)
+        except NotCopyableError:
+            return None
+        except TileDefectError as error:
+            raise DamagedTileError(f"TIFF tile ({column}, {row}) of level {level} {error}") from None
 
     def spacing(self, override_mpp: float | None = None) -> Spacing | None:
         """Spacing of level 0, or None where neither the slide nor the user states one.
@@ -139,13 +163,23 @@ class Slide:
         whole = (x1, y1, x2, y2) == (x_px, y_px, x_px + width_px, y_px + height_px)
         if x2 <= x1 or y2 <= y1:
             return np.full((height_px, width_px, 3), 255, np.uint8)
-        self._prove(level, x1, y1, x2, y2)
-        pixels = self._reader.read(level, x1, y1, x2 - x1, y2 - y1)
+        pixels = self._pixels(level, x1, y1, x2, y2)
         if whole:
             return pixels
         canvas = np.full((height_px, width_px, 3), 255, np.uint8)
         canvas[y1 - y_px : y2 - y_px, x1 - x_px : x2 - x_px] = pixels
         return canvas
+
+    def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
+        if self._tiles is not None and self._decodes_tiles:
+            try:
+                return self._tiles.read(level, x1, y1, x2, y2)
+            except TileDefectError as error:
+                raise DamagedTileError(str(error)) from None
+            except NotCopyableError:
+                pass  # a tile that needs the reader: another colour space, progressive, ...
+        self._prove(level, x1, y1, x2, y2)
+        return self._reader.read(level, x1, y1, x2 - x1, y2 - y1)
 
     def _prove(self, level: int, x1: int, y1: int, x2: int, y2: int) -> None:
         if self._tiles is None:
@@ -170,9 +204,12 @@ class Slide:
 def open_slide(path: Path, reader: ReaderName = "auto") -> Slide:
     """Open a slide with the named reader, or with the first that opens it.
 
-    cuCIM is used for JPEG-tiled TIFF alone: it returns stale pixels for a tile that does not decode, so every tile
-    it reads is first proven by a strict decoder (JpegTiles); and it can crash the process on compressions it lacks.
-    OpenSlide raises by itself. Raises UnreadableSlideError with each reader's own reason.
+    With "auto" the pixels of JPEG-tiled TIFF come from a strict decode of the tiles themselves (JpegTiles), which is
+    check and pixels in one; the reader gives levels and spacing. A named reader reads the pixels too, after the same
+    proof: cuCIM returns stale pixels for a tile that does not decode. It is used for JPEG tiles alone, for it can crash
+    the process on compressions it lacks; OpenSlide reads the rest, and raises by itself.
+
+    Raises UnreadableSlideError with each reader's own reason.
     """
     if not path.is_file():
         raise UnreadableSlideError(f"{path} is not a file")
@@ -182,13 +219,14 @@ def open_slide(path: Path, reader: ReaderName = "auto") -> Slide:
     reasons = []
     for name in names:
         try:
-            return _open_cucim(path) if name == "cucim" else _open_openslide(path)
+            opened, tiles = _open_cucim(path) if name == "cucim" else _open_openslide(path)
+            return Slide(path, opened, tiles, decodes_tiles=reader == "auto")
         except UnreadableSlideError as error:
             reasons.append(f"{name}: {error}")
     raise UnreadableSlideError("no reader opens it (" + "; ".join(reasons) + ")")
 
 
-def _open_cucim(path: Path) -> Slide:
+def _open_cucim(path: Path) -> tuple[Reader, JpegTiles | None]:
     tiles = JpegTiles.open(path)
     if isinstance(tiles, str):
         raise UnreadableSlideError(tiles)
@@ -207,10 +245,10 @@ def _open_cucim(path: Path) -> Slide:
         reader.close()
         tiles.close()
         raise UnreadableSlideError("its levels are not all JPEG-tiled TIFF pages, so they cannot be proven")
-    return Slide(path, reader, tiles)
+    return reader, tiles
 
 
-def _open_openslide(path: Path) -> Slide:
+def _open_openslide(path: Path) -> tuple[Reader, JpegTiles | None]:
     try:
         from sharding.readers.openslide_reader import OpenSlideReader
 
@@ -228,7 +266,7 @@ def _open_openslide(path: Path) -> Slide:
     if isinstance(tiles, JpegTiles) and not tiles.match_levels([(lv.width_px, lv.height_px) for lv in reader.levels]):
         tiles.close()
         tiles = ""
-    return Slide(path, reader, tiles if isinstance(tiles, JpegTiles) else None)
+    return reader, tiles if isinstance(tiles, JpegTiles) else None
 
 
 def _one_line(error: Exception) -> str:

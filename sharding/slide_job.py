@@ -70,6 +70,7 @@ class SlideRecord:
     height_px0: int = 0
     levels: int = 0
     patches: int = 0
+    patches_copied: int = 0
     patches_quarantined: int = 0
     seconds: float = 0.0
     shards: list[ShardRecord] = field(default_factory=list)
@@ -128,6 +129,7 @@ def _shard(job: SlideJob, started: float) -> SlideRecord:
     with open_slide(path, options.reader) as slide:
         plan = plan_slide(slide, job.fingerprint, options, mpp_override=job.mpp_override)
         damaged: dict[int, str] = {}
+        copied = 0
         shards = []
         folder = Path(job.dataset) / "shards"
         keys = order_keys(plan.sample_id, options.seed)
@@ -136,8 +138,9 @@ def _shard(job: SlideJob, started: float) -> SlideRecord:
         for number in range(num_shards):
             samples = _Samples(slide, plan, np.flatnonzero(shard_of == number), keys, options.quality)
             damaged.update(samples.damaged)
+            copied += len(samples.copied)
             if len(samples.order):
-                columns = _columns(job, plan, samples.order)
+                columns = _columns(job, plan, samples.order, samples.copied)
                 shards.append(write_shard(folder, f"{job.name}-{number:05d}", samples, columns))
         reason = _reason(damaged, plan)
         if plan.num_patches and len(damaged) / plan.num_patches > options.max_bad_fraction:
@@ -158,6 +161,7 @@ def _shard(job: SlideJob, started: float) -> SlideRecord:
             height_px0=size.height_px,
             levels=len(slide.levels),
             patches=plan.num_patches - len(damaged),
+            patches_copied=copied,
             patches_quarantined=len(damaged),
             seconds=time.monotonic() - started,
             shards=shards,
@@ -179,6 +183,7 @@ class Estimate:
     mpp_source: str
     reader: str
     patches: int
+    patches_copied: int
     shards: int
     bytes: int
     seconds: float
@@ -200,11 +205,8 @@ def estimate_slide(job: SlideJob) -> Estimate:
                 if plan.num_patches == 0:
                     break
                 with contextlib.suppress(DamagedTileError):
-                    window = float(plan.cells.window_x[i]), float(plan.cells.window_y[i])
                     # Header and padding of a tar member are 768 bytes on average.
-                    sizes.append(
-                        768 + len(encode_patch(read_patch(slide, plan.geometry, *window), job.options.quality))
-                    )
+                    sizes.append(768 + len(_payload(slide, plan, int(i), job.options.quality)[0]))
             per_patch = (time.monotonic() - planned) / max(1, len(sizes))
             return Estimate(
                 slide_id=job.slide_id,
@@ -213,12 +215,15 @@ def estimate_slide(job: SlideJob) -> Estimate:
                 mpp_source="unknown" if plan.spacing is None else plan.spacing.source,
                 reader=slide.reader_name,
                 patches=plan.num_patches,
+                patches_copied=plan.num_patches if plan.copies else 0,
                 shards=len(np.unique(shard_numbers(keys, shards_needed(plan, job.options)))),
                 bytes=round(plan.num_patches * float(np.mean(sizes))) if sizes else 0,
                 seconds=planned - started + per_patch * plan.num_patches,
             )
     except (SlideError, OSError) as error:
-        return Estimate(job.slide_id, " ".join(str(error).split()), None, "", "", 0, 0, 0, time.monotonic() - started)
+        return Estimate(
+            job.slide_id, " ".join(str(error).split()), None, "", "", 0, 0, 0, 0, time.monotonic() - started
+        )
 
 
 class _Samples:
@@ -231,14 +236,16 @@ class _Samples:
         self, slide: Slide, plan: SlidePlan, members: npt.NDArray[np.intp], keys: U64Array, quality: int
     ) -> None:
         self.damaged: dict[int, str] = {}
+        self.copied: set[int] = set()
         payloads: dict[int, bytes] = {}
         for i in members.tolist():
             try:
-                pixels = read_patch(slide, plan.geometry, float(plan.cells.window_x[i]), float(plan.cells.window_y[i]))
+                payloads[i], copied = _payload(slide, plan, i, quality)
             except DamagedTileError as error:
                 self.damaged[i] = str(error)
                 continue
-            payloads[i] = encode_patch(pixels, quality)
+            if copied:
+                self.copied.add(i)
         self.order = np.array(sorted(payloads, key=lambda i: int(keys[i])), np.intp)
         self._payloads = payloads
         self._sample_id = plan.sample_id
@@ -248,7 +255,18 @@ class _Samples:
             yield f"{int(self._sample_id[i]):016x}", self._payloads[i]
 
 
-def _columns(job: SlideJob, plan: SlidePlan, order: npt.NDArray[np.intp]) -> pa.Table:
+def _payload(slide: Slide, plan: SlidePlan, i: int, quality: int) -> tuple[bytes, bool]:
+    """The JPEG of patch i of the plan, and whether it is its TIFF tile, copied. Raises DamagedTileError."""
+    cells = plan.cells
+    if plan.copies:
+        tile = slide.copy_tile(plan.geometry.level, int(cells.col[i]), int(cells.row[i]))
+        if tile is not None:
+            return tile, True
+    pixels = read_patch(slide, plan.geometry, float(cells.window_x[i]), float(cells.window_y[i]))
+    return encode_patch(pixels, quality), False
+
+
+def _columns(job: SlideJob, plan: SlidePlan, order: npt.NDArray[np.intp], copied: set[int]) -> pa.Table:
     count = len(order)
     cells = plan.cells
     columns: dict[str, Any] = {
@@ -263,7 +281,7 @@ def _columns(job: SlideJob, plan: SlidePlan, order: npt.NDArray[np.intp]) -> pa.
         "mpp": [plan.geometry.mpp] * count,
         "tissue_fraction": plan.tissue_fraction[order],
         "flags": plan.flags[order],
-        "route": ["decode"] * count,
+        "route": ["copy" if i in copied else "decode" for i in order.tolist()],
         "region": [None] * count,
     }
     fields = [INDEX_SCHEMA.field(name) for name in INDEX_SCHEMA.names if name not in _NOT_STORED]

@@ -1,24 +1,38 @@
-"""The JPEG tiles of a TIFF slide as they lie in the file, and the proof that a strict decoder accepts them.
+"""The JPEG tiles of a TIFF slide as they lie in the file: proven, decoded, or copied.
 
 cuCIM hands out stale pixels, even another slide's, for a tile that does not decode. So each tile is decoded strictly
-here (libjpeg-turbo, warnings are errors) before a reader may use it. What still decodes after damage (a flipped bit
-inside the entropy-coded data often does) cannot be seen this way.
+here (libjpeg-turbo, warnings are errors), which is check and pixels in one. What still decodes after damage (a flipped
+bit inside the entropy-coded data often does) cannot be seen this way.
 """
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import tifffile
 
+from sharding.jpeg import NotCopyableError, TileHeader, standalone, tile_header
+
+Pixels = npt.NDArray[np.uint8]
+
+# Decoded tiles that are kept: enough for two rows of tiles of a slide of 100,000 px.
+_CACHE_BYTES = 192 << 20
 _MAX_PAGES = 1000
 _SOI = b"\xff\xd8"
 _JPEG_COMPRESSION = 7
+_PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR = 2, 6
 _UNIT_UM = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
+
+
+class TileDefectError(ValueError):
+    """A strict decoder rejects the tile; the message says what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +42,7 @@ class _Page:
     tile_width_px: int
     tile_height_px: int
     tables: bytes  # JPEGTables without its EOI, b"" where tiles are whole streams
+    header: TileHeader | str  # of standalone tiles, or why they cannot stand alone
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
 
@@ -46,6 +61,8 @@ class JpegTiles:
         self._levels: list[_Page] = pages
         self._descriptor = os.open(path, os.O_RDONLY)
         self._defects: dict[tuple[int, int, int], str] = {}
+        self._decoded: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
+        self._decoded_bytes = 0
 
     @classmethod
     def open(cls, path: Path) -> JpegTiles | str:
@@ -81,39 +98,113 @@ class JpegTiles:
             for column in range(x1 // page.tile_width_px, -(-x2 // page.tile_width_px)):
                 yield column, row
 
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) in pixels of the level's tiles."""
+        page = self._levels[level]
+        return page.tile_width_px, page.tile_height_px
+
     def defect(self, level: int, column: int, row: int) -> str:
         """Why a strict decoder rejects this tile; empty where it accepts it. Remembered per tile."""
         key = (level, column, row)
         if key not in self._defects:
-            self._defects[key] = self._find_defect(self._levels[level], column, row)
+            try:
+                self._prove(self._levels[level], self._raw(level, column, row))
+                self._defects[key] = ""
+            except TileDefectError as error:
+                self._defects[key] = str(error)
         return self._defects[key]
 
-    def _find_defect(self, page: _Page, column: int, row: int) -> str:
+    def copy(self, level: int, column: int, row: int) -> bytes:
+        """The tile as a JPEG stream of its own, its compressed bytes untouched and proven to decode.
+
+        Raises TileDefectError where it does not decode, NotCopyableError where it does but cannot stand alone.
+        """
+        stream = self._standalone(self._levels[level], self._raw(level, column, row))
+        _strictly(stream)
+        return stream
+
+    def read(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
+        """Pixels of the half-open rectangle, inside the level: uint8 [y2 - y1, x2 - x1, 3].
+
+        Raises TileDefectError, which names the tile, where one does not decode, and NotCopyableError where one cannot
+        be decoded by itself.
+        """
+        page = self._levels[level]
+        width, height = page.tile_width_px, page.tile_height_px
+        pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
+        for column, row in self.covering(level, x1, y1, x2, y2):
+            left, top = column * width, row * height
+            xa, xb, ya, yb = max(x1, left), min(x2, left + width), max(y1, top), min(y2, top + height)
+            tile = self._tile(level, column, row)
+            pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
+        return pixels
+
+    def _tile(self, level: int, column: int, row: int) -> Pixels:
+        key = (level, column, row)
+        if key in self._decoded:
+            self._decoded.move_to_end(key)
+            return self._decoded[key]
+        if self._defects.get(key):
+            raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {self._defects[key]}")
+        try:
+            pixels = _strictly(self._standalone(self._levels[level], self._raw(level, column, row)))
+        except TileDefectError as error:
+            self._defects[key] = str(error)
+            raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {error}") from None
+        self._defects[key] = ""
+        self._decoded[key] = pixels
+        self._decoded_bytes += pixels.nbytes
+        while self._decoded_bytes > _CACHE_BYTES:
+            self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
+        return pixels
+
+    def _raw(self, level: int, column: int, row: int) -> bytes:
+        """The tile's bytes in the file."""
+        page = self._levels[level]
         index = row * page.columns + column
         if index >= len(page.offsets) or index >= len(page.lengths):
-            return f"is missing from the file's tile table ({len(page.offsets)} entries)"
+            raise TileDefectError(f"is missing from the file's tile table ({len(page.offsets)} entries)")
         length = page.lengths[index]
         if length < 4:
-            return f"is empty ({length} bytes)"
+            raise TileDefectError(f"is empty ({length} bytes)")
         data = os.pread(self._descriptor, length, page.offsets[index])
         if len(data) < length:
-            return f"is cut off: {len(data)} of {length} bytes are in the file"
+            raise TileDefectError(f"is cut off: {len(data)} of {length} bytes are in the file")
         if data[:2] != _SOI:
-            return f"is no JPEG: it starts with {data[:2].hex()}"
+            raise TileDefectError(f"is no JPEG: it starts with {data[:2].hex()}")
+        return data
+
+    def _standalone(self, page: _Page, data: bytes) -> bytes:
+        if isinstance(page.header, str):
+            raise NotCopyableError(page.header)
+        try:
+            return standalone(data, page.header, width_px=page.tile_width_px, height_px=page.tile_height_px)
+        except NotCopyableError:
+            self._prove(page, data)  # what cannot stand alone may be damaged: that is the finding then
+            raise
+
+    @staticmethod
+    def _prove(page: _Page, data: bytes) -> None:
         stream = page.tables + data[2:] if page.tables else data
+        expected = (page.tile_width_px, page.tile_height_px)
         try:
             # The size first: a damaged header can ask for 12 GB.
             height_px, width_px = simplejpeg.decode_jpeg_header(stream)[:2]
-            if (width_px, height_px) != (page.tile_width_px, page.tile_height_px):
-                expected = f"{page.tile_width_px}x{page.tile_height_px}"
-                return f"decodes to {width_px}x{height_px} px where {expected} is expected"
-            simplejpeg.decode_jpeg(stream, strict=True)
         except ValueError as error:
-            return f"does not decode: {' '.join(str(error).split())}"
-        return ""
+            raise TileDefectError(f"does not decode: {' '.join(str(error).split())}") from None
+        if (width_px, height_px) != expected:
+            raise TileDefectError(f"decodes to {width_px}x{height_px} px where {expected[0]}x{expected[1]} is expected")
+        _strictly(stream)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _strictly(stream: bytes) -> Pixels:
+    try:
+        return simplejpeg.decode_jpeg(stream, "RGB", strict=True)
+    except ValueError as error:
+        raise TileDefectError(f"does not decode: {' '.join(str(error).split())}") from None
 
 
 def _chain(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
@@ -128,12 +219,19 @@ def _chain(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
 
 def _page(page: tifffile.TiffPage) -> _Page:
     tables = page.jpegtables or b""
+    header: TileHeader | str = f"its photometric interpretation is {page.photometric}"
+    if int(page.photometric) in (_PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR):
+        try:
+            header = tile_header(tables, rgb=int(page.photometric) == _PHOTOMETRIC_RGB)
+        except NotCopyableError as error:
+            header = f"its JPEGTables: {error}"
     return _Page(
         width_px=page.imagewidth,
         height_px=page.imagelength,
         tile_width_px=page.tilewidth,
         tile_height_px=page.tilelength,
         tables=tables[:-2] if tables else b"",
+        header=header,
         offsets=tuple(page.dataoffsets),
         lengths=tuple(page.databytecounts),
     )

@@ -74,7 +74,7 @@ def test_shard_on_ray_and_train_in_two_processes_ignore_the_users_packages(insta
     _engine(installed, decoys, "synth", "slides", "--slides", "2", "--size", "1536")
     made = _engine(installed, decoys, "shard", "shard/tiny", "slides=slides", "out=dataset", "workers=2")
     assert made["slides"] == {"done": 2, "quarantined": 0}
-    assert made["patches"]["decode"] > 0
+    assert made["patches"]["copy"] > 0
     assert _engine(installed, decoys, "verify", "dataset")["ok"]
     arguments = ["dataset=dataset", "run=run", "steps=3", "batch_size=4", "processes=2", "model.dim=32"]
     trained = _engine(installed, decoys, "train", "train/vittm_hmr_tiny", *arguments)

@@ -92,7 +92,7 @@ def test_a_fresh_dataset_verifies_and_its_counts_agree(sharded: Made) -> None:
     dataset, result = sharded
     index = pl.read_parquet(dataset / "index.parquet")
     assert verify_dataset(dataset) == {"ok": True, "samples": len(index), "bad": []}
-    assert result["patches"] == {"copy": 0, "decode": len(index), "quarantined": 0}
+    assert result["patches"] == {"copy": len(index), "decode": 0, "quarantined": 0}
     assert result["slides"] == {"done": 3, "quarantined": 0}
     tars = list((dataset / "shards").glob("*.tar"))
     assert result["shards"] == len(tars) >= 4
@@ -392,7 +392,7 @@ def child(out, fatal):
     if fatal:
         sys.addaudithook(watch)
     recipe = ShardRecipe(slides=slides, out=out, workers=1, patches_per_shard=8, reader="openslide")
-    os._exit(0 if shard.run(recipe, local=True)["patches"]["decode"] else 1)
+    os._exit(0 if shard.run(recipe, local=True)["patches"]["copy"] else 1)
 
 def in_child(out, fatal):
     pid = os.fork()

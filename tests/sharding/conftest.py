@@ -149,6 +149,7 @@ def make_options() -> Callable[..., ShardOptions]:
             "min_tissue": 0.5,
             "quality": 85,
             "reader": "auto",
+            "routes": "auto",
             "max_bad_fraction": 1.0,
             "patches_per_shard": 16,
             "seed": 0,
