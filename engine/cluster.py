@@ -156,13 +156,19 @@ def _ray(
                 job, attempt = running.pop(reference)
                 try:
                     yield Finished(job, ray.get(reference))
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
+                except (
+                    ray.exceptions.WorkerCrashedError,
+                    ray.exceptions.NodeDiedError,
+                    ray.exceptions.OutOfMemoryError,
+                ):
                     if attempt < TRIES:
                         queue.append((job, attempt + 1))
                     else:
                         yield Finished(job, Crash(_crash_reason()))
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, Exception) else error from None
+                except ray.exceptions.RayError as error:
+                    raise RuntimeError(f"Ray: {' '.join(str(error).split())}") from None
 
 
 @contextlib.contextmanager

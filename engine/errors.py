@@ -8,12 +8,12 @@ _OURS = ("engine", "sharding", "models", "benchmarks", "configs")
 def sentence(error: BaseException) -> tuple[str, bool] | None:
     """(sentence, is it a mistake of usage), or None for an error of ours that deserves its traceback.
 
-    ValueError is the user's mistake (a recipe, a path, a dataset that is none); OSError and RuntimeError are failures
-    of the run: a full disk, a lock, a library or a device that is missing.
+    A ValueError of ours is the user's mistake (a recipe, a path, a dataset that is none). OSError and RuntimeError are
+    failures of the run: a full disk, a lock, a library or a device that is missing.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return text, True
+        return (text, True) if _raised_by_us(error) else None
     if isinstance(error, OSError):
         return _os_sentence(error), False
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError | RecursionError):
@@ -21,6 +21,14 @@ def sentence(error: BaseException) -> tuple[str, bool] | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith(_OURS):
         return text, False
     return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether our code raised it, to tell the user something; a library's ValueError is a defect of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] in _OURS
 
 
 def _os_sentence(error: OSError) -> str:

@@ -13,6 +13,8 @@ from sharding.plan import ShardOptions
 
 
 def _as_text(value: Any) -> Any:
+    if value == "":
+        raise ValueError("it is empty")
     # In a recipe file `out: 2026` is YAML for a number; a path is text all the same.
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -23,6 +25,16 @@ Text = Annotated[str, BeforeValidator(_as_text), Verbatim()]
 
 class _Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        # Python takes True for 1, and YAML takes `yes` and `on` for True.
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation not in (bool, Any):
+                raise ValueError(f"{name}={value}: expected a number or text, found a truth value")
+        return values
 
 
 class ShardRecipe(_Recipe):
@@ -83,6 +95,12 @@ class OptimRecipe(_Recipe):
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="global gradient norm")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimRecipe:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}: expected two numbers from 0 to below 1")
+        return self
+
 
 class TrainRecipe(_Recipe):
     """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
@@ -133,5 +151,8 @@ def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
             raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
     recipe = build(TrainRecipe, values)
     config = build(MODEL_CONFIGS[name], options, prefix="model.")
+    tokens = getattr(config, "num_process", None)
+    if tokens is not None and int(tokens * (1 - recipe.mask_ratio)) < 1:
+        raise UsageError(f"mask_ratio={recipe.mask_ratio:g} leaves none of {tokens} process tokens visible; lower it.")
     resolved = {"name": name, **config.model_dump(mode="json")}
     return recipe.model_copy(update={"model": resolved})

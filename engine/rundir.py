@@ -30,12 +30,18 @@ def prepare_run(recipe: TrainRecipe, *, resume: bool) -> None:
     """
     run = recipe.run
     saved = run / "recipe.yaml"
+    last = step_of(last_checkpoint(run))
+    if saved.is_file() and not last and not read_metrics(run):
+        saved.unlink()  # it ended before its first step: nothing is lost by beginning anew
     if saved.is_file() and not resume:
         raise UsageError(f"run={run} holds a run already; continue it with --resume or give another folder.")
     if saved.is_file():
         _check_same(recipe, saved)
+        if last > recipe.steps:
+            raise UsageError(f"run={run} is at step {last} already; steps={recipe.steps} lies behind it.")
     else:
-        strangers = [p.name for p in run.iterdir() if not p.name.startswith(".")]
+        ours = {"recipe.yaml", "environment.json", "checkpoints", "tensorboard", METRICS}
+        strangers = [p.name for p in run.iterdir() if not p.name.startswith(".") and p.name not in ours]
         if strangers:
             raise UsageError(f"run={run} is not empty ({strangers[0]}) and holds no run; give a new or empty folder.")
     (run / "checkpoints").mkdir(exist_ok=True)
@@ -47,7 +53,7 @@ def prepare_run(recipe: TrainRecipe, *, resume: bool) -> None:
     with atomic_path(saved) as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
     write_json(run / "environment.json", environment())
-    drop_metrics_after(run, step_of(last_checkpoint(run)))
+    drop_metrics_after(run, last)
 
 
 def step_of(checkpoint: Path | None) -> int:

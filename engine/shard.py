@@ -21,10 +21,20 @@ from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
-from sharding.slide import fingerprint
-from sharding.slide_job import WORK, Estimate, SlideJob, SlideRecord, estimate_slide, quarantined, run_slide
+from sharding.slide import dicom_series, environment_versions, fingerprint
+from sharding.slide_job import (
+    WORK,
+    Estimate,
+    SlideJob,
+    SlideRecord,
+    estimate_slide,
+    missing_paths,
+    quarantined,
+    run_slide,
+)
 
 _FINGERPRINT_THREADS = 8
+_UNREADABLE = "unreadable: "  # in the place of a fingerprint
 
 
 def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None) -> dict[str, Any]:
@@ -62,6 +72,8 @@ def _make(
         folder.mkdir(exist_ok=True)
         sweep_temporary(folder)
     _claim(out, recipe)
+    if address is not None:
+        _check_visible(out, slides, address)
     jobs, twins = _jobs(slides, out, recipe)
     records = twins + _run_jobs(jobs, recipe, local=local, address=address)
     _drop_unlisted(out, records)
@@ -71,6 +83,17 @@ def _make(
     meta = finish_dataset(out, recipe.options(), records, {slide.slide_id: slide.columns for slide in slides})
     shutil.rmtree(out / WORK)
     return meta
+
+
+def _check_visible(out: Path, slides: Sequence[ListedSlide], address: str) -> None:
+    """Have the cluster's first task look for the output and a slide: a node without the file system sees neither."""
+    wanted = [str(out / WORK / "recipe.json"), *(str(s.path) for s in slides[:1] if s.path.exists())]
+    for done in fan_out(missing_paths, [wanted], workers=1, address=address):
+        if not isinstance(done.result, Crash) and done.result:
+            raise UsageError(
+                f"{done.result[0]} is not visible on the cluster at {address}: slides and out have to lie on a file "
+                "system that every node sees under the same path."
+            )
 
 
 def _clean_up(out: Path) -> None:
@@ -89,6 +112,9 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     started = time.monotonic()
     slides = list_slides(recipe.slides)
     out = recipe.out.expanduser().resolve()
+    _check_place(out)
+    if (out / "dataset.json").is_file():
+        _finished(out, recipe, slides)
     jobs, twins = _jobs(slides, out, recipe)
     workers = _workers(recipe)
     estimates = [_as_estimate(twin) for twin in twins]
@@ -177,16 +203,22 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _claim(out: Path, recipe: ShardRecipe) -> None:
     """Note whose work is under way, or refuse to continue another recipe's."""
     path = out / WORK / "recipe.json"
-    content = recipe.options().as_dict()
+    content = {"recipe": recipe.options().as_dict(), "versions": environment_versions()}
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
         if begun != content:
             raise UsageError(
-                f"{out} holds the unfinished work of another recipe ({_changed(begun, content)}): "
+                f"{out} holds the unfinished work of {_another(begun, content)}: "
                 "finish that one, remove the folder, or give another out."
             )
     else:
         write_json(path, content)
+
+
+def _another(begun: dict[str, Any], now: dict[str, Any]) -> str:
+    if begun.get("recipe") != now["recipe"]:
+        return f"another recipe ({_changed(begun.get('recipe', {}), now['recipe'])})"
+    return f"other library versions ({_changed(begun.get('versions', {}), now['versions'])})"
 
 
 def _fingerprints(slides: Sequence[ListedSlide]) -> list[str]:
@@ -194,7 +226,7 @@ def _fingerprints(slides: Sequence[ListedSlide]) -> list[str]:
         try:
             return fingerprint(slide.path)
         except OSError as error:
-            return f"unreadable: {error.strerror}"
+            return f"{_UNREADABLE}{error.strerror}"
 
     with ThreadPoolExecutor(_FINGERPRINT_THREADS) as pool:
         return list(pool.map(one, slides))
@@ -205,17 +237,33 @@ def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tupl
     options = recipe.options()
     jobs, twins = [], []
     seen: dict[str, str] = {}
-    for slide, mark in zip(slides, _fingerprints(slides), strict=True):
-        job = SlideJob(slide.slide_id, str(slide.path), mark, slide.mpp, str(out), options)
-        if mark.startswith("unreadable: "):
-            twins.append(quarantined(job, f"{slide.path}: {mark.removeprefix('unreadable: ')}"))
-        elif mark in seen:
-            twins.append(quarantined(job, f"the same file as slide {seen[mark]}; its patches would be in twice"))
+    listed = [
+        SlideJob(slide.slide_id, str(slide.path), mark, slide.mpp, str(out), options)
+        for slide, mark in zip(slides, _fingerprints(slides), strict=True)
+    ]
+    # Of the files of a DICOM slide the largest holds level 0; annotations and labels are small.
+    for job in sorted(listed, key=lambda job: -_size_bytes(job) if job.path.lower().endswith(".dcm") else 0):
+        if job.fingerprint.startswith(_UNREADABLE):
+            twins.append(quarantined(job, f"{job.path}: {job.fingerprint.removeprefix(_UNREADABLE)}"))
+            continue
+        series = dicom_series(Path(job.path)) if job.path.lower().endswith(".dcm") else None
+        if job.fingerprint in seen:
+            reason = f"the same file as slide {seen[job.fingerprint]}; its patches would be in twice"
+            twins.append(quarantined(job, reason))
+        elif series is not None and series in seen:
+            reason = f"another file of the DICOM slide {seen[series]}; list one file of each DICOM slide in a CSV"
+            twins.append(quarantined(job, reason))
         else:
-            seen[mark] = slide.slide_id
+            seen[job.fingerprint] = job.slide_id
+            if series is not None:
+                seen[series] = job.slide_id
             jobs.append(job)
-    jobs.sort(key=lambda job: (-int(job.fingerprint.split("-")[0]), job.slide_id))
+    jobs.sort(key=lambda job: (-_size_bytes(job), job.slide_id))
     return jobs, twins
+
+
+def _size_bytes(job: SlideJob) -> int:
+    return 0 if job.fingerprint.startswith(_UNREADABLE) else int(job.fingerprint.partition("-")[0])
 
 
 def _run_jobs(jobs: Sequence[SlideJob], recipe: ShardRecipe, *, local: bool, address: str | None) -> list[SlideRecord]:
@@ -233,6 +281,8 @@ def _run_jobs(jobs: Sequence[SlideJob], recipe: ShardRecipe, *, local: bool, add
             if record.status == "quarantined":
                 failed += 1
                 say(f"quarantined: {record.slide_id}: {record.reason}")
+            elif record.patches == 0:
+                say(f"no patch: {record.slide_id}: {record.reason}")
             elif record.patches_quarantined:
                 say(f"damaged: {record.slide_id}: {record.reason}")
             advance(1, f"{patches} patches, {failed} slides quarantined")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,7 @@ import polars as pl
 from engine.config import UsageError
 from sharding.dataset import RESERVED_COLUMNS
 
-SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
-)
+SUFFIXES = frozenset({".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"})
 
 
 _TEXT_COLUMNS = frozenset({"slide_id", "path", "mpp"})
@@ -36,14 +36,15 @@ class ListedSlide:
 def list_slides(source: str) -> list[ListedSlide]:
     """The slides of a folder (searched below too), a glob or a CSV, sorted by slide_id; paths are absolute.
 
-    Raises UsageError where there are none, a listed file is missing, or two slides have one id.
+    A listed file that is missing stays listed: the run reports it. Raises UsageError where there are no slides, the
+    list cannot be read, or two slides have one id.
     """
     path = Path(source).expanduser()
     if any(character in source for character in "*?[") and not path.exists():
         slides = _from_paths(Path(found) for found in glob.glob(str(path), recursive=True))
         where = f"the pattern {source}"
     elif path.is_dir():
-        slides = _from_paths(p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
+        slides = _from_paths(_below(path))
         where = f"the folder {source} (searched for {', '.join(sorted(SUFFIXES))})"
     elif path.is_file() and path.suffix.lower() == ".csv":
         slides = _from_csv(path)
@@ -72,8 +73,17 @@ def absolute(source: str) -> str:
     return str(path if path.is_absolute() else Path.cwd() / path)
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file below `folder`, hidden ones left out; linked folders are entered, each real folder once."""
+    visited: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        status = Path(place).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place) / name for name in sorted(files) if not name.startswith("."))
 
 
 def _from_paths(paths: Iterable[Path]) -> list[ListedSlide]:
@@ -122,6 +132,9 @@ def _mpp(path: Path, number: int, value: Any) -> float | None:
     if value is None or value == "":
         return None
     try:
-        return float(value)
+        mpp = float(value)
     except ValueError:
-        raise UsageError(f"slide list {path}, line {number}: mpp={value}; expected um/px as a number.") from None
+        mpp = math.nan
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise UsageError(f"slide list {path}, line {number}: mpp={value}; expected um/px as a number above 0.")
+    return mpp

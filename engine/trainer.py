@@ -63,17 +63,20 @@ def train(
                 values = objective(parallel, batch, np.arange(first, first + share))
             values["loss"].backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
+            saved = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps
             logged = (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps
-            means = _mean_over_ranks({**values, "grad_norm": norm}, runtime) if logged else {}
-            if logged and not math.isfinite(means["loss"]):
+            # Looking at the loss waits for the GPU, so it is done where it is shown, and before it is kept.
+            means = _mean_over_ranks({**values, "grad_norm": norm}, runtime) if logged or saved else {}
+            if means and not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
                 raise RuntimeError(
                     f"the loss is {means['loss']} at step {step + 1} (learning rate {rate:.3g}, gradient norm "
-                    f"{means['grad_norm']:.3g}): lower optim.lr or continue from an earlier checkpoint"
+                    f"{means['grad_norm']:.3g}): lower optim.lr and start anew; to go on from an earlier checkpoint, "
+                    f"remove the later ones from {recipe.run / 'checkpoints'}"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.step(step + 1, means, rate, loader.seen, waited, time.monotonic() - began)
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            log.step(step + 1, means if logged else {}, rate, loader.seen, waited, time.monotonic() - began)
+            if saved:
                 _save(recipe, runtime, step + 1, model, optimizer, loader)
     return start, loader.seen
 

@@ -131,7 +131,7 @@ def content_digest(meta: dict[str, Any]) -> str:
 
 def canonical_digest(value: Any) -> str:
     """SHA-256 of `value` as canonical JSON (sorted keys, no spaces, UTF-8), hexadecimal."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -23,7 +23,25 @@ Pixels = npt.NDArray[np.uint8]
 PLAUSIBLE_MPP = (0.02, 50.0)
 # Real slides say 0.2525 x 0.2531; more than this between the axes and a patch would be distorted.
 ANISOTROPY_TOLERANCE = 0.05
+_DICOM_HEAD_BYTES = 1 << 18
+_SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"  # tag (0020,000E) in explicit little-endian, the VR, then a length
 _FINGERPRINT_BYTES = 1 << 20
+
+
+_VERSIONED = (
+    "pathology-engine",
+    "cucim-cu12",
+    "cucim-cu13",
+    "openslide-python",
+    "openslide-bin",
+    "simplejpeg",
+    "tifffile",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "pillow",
+    "pyarrow",
+)
 
 
 class SlideError(ValueError):
@@ -90,6 +108,21 @@ def fingerprint(path: Path) -> str:
             file.seek(max(_FINGERPRINT_BYTES, size - _FINGERPRINT_BYTES))
             digest.update(file.read())
     return f"{size}-{digest.hexdigest()}"
+
+
+def dicom_series(path: Path) -> str | None:
+    """The SeriesInstanceUID of a DICOM file, None for any other file.
+
+    A DICOM slide is several files, one series; each of them opens as the whole slide.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_DICOM_HEAD_BYTES)
+    at = head.find(_SERIES_INSTANCE_UID) if head[128:132] == b"DICM" else -1
+    if at < 0:
+        return None
+    start = at + len(_SERIES_INSTANCE_UID) + 2
+    length = int.from_bytes(head[start - 2 : start], "little")
+    return head[start : start + length].rstrip(b"\0 ").decode("ascii", errors="replace")
 
 
 class Slide:
@@ -171,7 +204,8 @@ class Slide:
         return canvas
 
     def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
-        if self._tiles is not None and self._decodes_tiles:
+        # Absent tiles are background; what a reader gives for them is not to be relied on.
+        if self._tiles is not None and (self._decodes_tiles or self._has_absent(level, x1, y1, x2, y2)):
             try:
                 return self._tiles.read(level, x1, y1, x2, y2)
             except TileDefectError as error:
@@ -180,6 +214,11 @@ class Slide:
                 pass  # a tile that needs the reader: another colour space, progressive, ...
         self._prove(level, x1, y1, x2, y2)
         return self._reader.read(level, x1, y1, x2 - x1, y2 - y1)
+
+    def _has_absent(self, level: int, x1: int, y1: int, x2: int, y2: int) -> bool:
+        tiles = self._tiles
+        assert tiles is not None
+        return any(tiles.is_absent(level, column, row) for column, row in tiles.covering(level, x1, y1, x2, y2))
 
     def _prove(self, level: int, x1: int, y1: int, x2: int, y2: int) -> None:
         if self._tiles is None:
@@ -279,7 +318,7 @@ def environment_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("cucim-cu13", "openslide-python", "openslide-bin", "simplejpeg", "numpy", "pillow", "pyarrow"):
+    for name in _VERSIONED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

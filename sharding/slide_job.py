@@ -94,6 +94,11 @@ def read_record(job: SlideJob) -> SlideRecord | None:
     return SlideRecord(**value)
 
 
+def missing_paths(paths: list[str]) -> list[str]:
+    """Those of `paths` that are not there, as seen from the process that runs this."""
+    return [path for path in paths if not Path(path).exists()]
+
+
 def run_slide(job: SlideJob) -> SlideRecord:
     """Do one job, or return its record where it is already done."""
     record = read_record(job)
@@ -105,6 +110,10 @@ def run_slide(job: SlideJob) -> SlideRecord:
             if isinstance(error, OSError) and not _concerns_slide(error, job):
                 raise
             record = quarantined(job, " ".join(str(error).split()), seconds=time.monotonic() - started)
+        except Exception as error:
+            # A hostile file finds ways that no reader's author thought of. It is this slide's failure, and is reported.
+            reason = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+            record = quarantined(job, reason, seconds=time.monotonic() - started)
         write_json(job.record_path, asdict(record))
     return record
 
@@ -220,9 +229,10 @@ def estimate_slide(job: SlideJob) -> Estimate:
                 bytes=round(plan.num_patches * float(np.mean(sizes))) if sizes else 0,
                 seconds=planned - started + per_patch * plan.num_patches,
             )
-    except (SlideError, OSError) as error:
+    except Exception as error:  # as in run_slide
+        kind = "" if isinstance(error, SlideError | OSError) else f"unexpected {type(error).__name__}: "
         return Estimate(
-            job.slide_id, " ".join(str(error).split()), None, "", "", 0, 0, 0, 0, time.monotonic() - started
+            job.slide_id, kind + " ".join(str(error).split()), None, "", "", 0, 0, 0, 0, time.monotonic() - started
         )
 
 

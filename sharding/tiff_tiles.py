@@ -56,9 +56,11 @@ class JpegTiles:
 
     def __init__(self, path: Path, pages: list[_Page], description: str, resolution_um: tuple[float, float] | None):
         self.description = description
+        self._may_be_sparse = not description.startswith("Aperio")
         self.resolution_um = resolution_um
         self._pages = pages
         self._levels: list[_Page] = pages
+        self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._defects: dict[tuple[int, int, int], str] = {}
         self._decoded: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
@@ -98,6 +100,13 @@ class JpegTiles:
             for column in range(x1 // page.tile_width_px, -(-x2 // page.tile_width_px)):
                 yield column, row
 
+    def is_absent(self, level: int, column: int, row: int) -> bool:
+        """Whether the writer left this tile out: background, in every format but Aperio's, which leaves nothing out."""
+        page = self._levels[level]
+        index = row * page.columns + column
+        known = index < len(page.offsets) and index < len(page.lengths)
+        return known and self._may_be_sparse and page.offsets[index] == page.lengths[index] == 0
+
     def tile_size(self, level: int) -> tuple[int, int]:
         """(width, height) in pixels of the level's tiles."""
         page = self._levels[level]
@@ -106,6 +115,8 @@ class JpegTiles:
     def defect(self, level: int, column: int, row: int) -> str:
         """Why a strict decoder rejects this tile; empty where it accepts it. Remembered per tile."""
         key = (level, column, row)
+        if self.is_absent(level, column, row):
+            return ""
         if key not in self._defects:
             try:
                 self._prove(self._levels[level], self._raw(level, column, row))
@@ -119,6 +130,8 @@ class JpegTiles:
 
         Raises TileDefectError where it does not decode, NotCopyableError where it does but cannot stand alone.
         """
+        if self.is_absent(level, column, row):
+            raise NotCopyableError("the tile is absent")
         stream = self._standalone(self._levels[level], self._raw(level, column, row))
         _strictly(stream)
         return stream
@@ -134,6 +147,9 @@ class JpegTiles:
         pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
         for column, row in self.covering(level, x1, y1, x2, y2):
             left, top = column * width, row * height
+            if self.is_absent(level, column, row):
+                pixels[max(0, top - y1) : top + height - y1, max(0, left - x1) : left + width - x1] = 255
+                continue
             xa, xb, ya, yb = max(x1, left), min(x2, left + width), max(y1, top), min(y2, top + height)
             tile = self._tile(level, column, row)
             pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
@@ -167,7 +183,10 @@ class JpegTiles:
         length = page.lengths[index]
         if length < 4:
             raise TileDefectError(f"is empty ({length} bytes)")
-        data = os.pread(self._descriptor, length, page.offsets[index])
+        try:
+            data = os.pread(self._descriptor, length, page.offsets[index])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) < length:
             raise TileDefectError(f"is cut off: {len(data)} of {length} bytes are in the file")
         if data[:2] != _SOI:

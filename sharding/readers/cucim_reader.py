@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
+
+# cuFile, which cuCIM loads, writes a log into the user's current folder otherwise.
+os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)
+
 from cucim.clara import CuImage
 
-from sharding.slide import Level, Pixels, Spacing, make_levels
+from sharding.slide import Level, Pixels, Spacing, UnreadableSlideError, make_levels
 
 # cuCIM's own `spacing()` says 1.0 on Aperio files; the description holds the truth.
 _APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)")
@@ -33,10 +38,12 @@ class CucimReader:
         downsample = self._downsamples[level]
         # cuCIM wants level-0 coordinates and floors when it divides; ceil makes the floor land on x_px, y_px.
         location = (math.ceil(x_px * downsample), math.ceil(y_px * downsample))
-        region = self._image.read_region(location=location, size=(width_px, height_px), level=level)
-        pixels = np.asarray(region)
-        if pixels.shape[:2] != (height_px, width_px) or pixels.dtype != np.uint8:
-            raise RuntimeError(f"cuCIM returned {pixels.shape} {pixels.dtype} for {width_px}x{height_px} px")
+        try:
+            pixels = np.asarray(self._image.read_region(location=location, size=(width_px, height_px), level=level))
+        except Exception as error:  # cuCIM's own errors have no common class
+            raise UnreadableSlideError(f"cuCIM cannot read it: {' '.join(str(error).split())}") from None
+        if pixels.shape[:2] != (height_px, width_px) or pixels.ndim != 3 or pixels.dtype != np.uint8:
+            raise UnreadableSlideError(f"cuCIM gives {pixels.shape} {pixels.dtype} for {width_px}x{height_px} px")
         return np.ascontiguousarray(pixels[:, :, :3])
 
     def close(self) -> None:
