@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from engine.data.loader import PatchLoader, checked_seen
 from engine.data.order import SampleStream, rank_positions
 from engine.data.reading import SampleReader
 from engine.data.views import CropView
+from engine.runtime import usable_cores
 from sharding.index import Dataset, open_dataset
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def open_loader(
         backend,
         views=views,
         batch_size=batch_size_per_rank,
-        threads=threads or min(16, _usable_cores()),
+        threads=threads or min(16, usable_cores()),
         device=_resolve_device(device),
         reader=reader,
     )
@@ -117,8 +117,3 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         if resolved.index is None:  # name the device now: the caller's current one may change later
             resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved
-
-
-def _usable_cores() -> int:
-    # What this process may use, not what the machine has: clusters pin jobs to some of the cores.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
