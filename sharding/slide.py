@@ -126,10 +126,11 @@ def dicom_series(path: Path) -> str | None:
 
 
 class Slide:
-    """An open slide. Every pixel it returns comes from data that a strict decoder accepted.
+    """An open slide. Every pixel of a JPEG-tiled TIFF that it returns comes from data that a strict decoder accepted.
 
     `tiles` proves JPEG tiles before `reader` reads them; with `decodes_tiles` their pixels are taken from that proof,
-    and the reader serves only tiles that cannot be decoded by themselves.
+    and the reader serves only tiles that cannot be decoded by themselves. Without `tiles` (other compressions and
+    formats) OpenSlide's own errors are all the proof there is.
     """
 
     def __init__(self, path: Path, reader: Reader, tiles: JpegTiles | None, *, decodes_tiles: bool = False) -> None:

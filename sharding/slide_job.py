@@ -55,7 +55,7 @@ class SlideJob:
 
 @dataclass(frozen=True, slots=True)
 class SlideRecord:
-    """What became of a slide. Everything but `path`, `seconds` and `reason` enters the dataset's digest."""
+    """What became of a slide. Its id, fingerprint, status, override, counts and shards enter the dataset's digest."""
 
     slide_id: str
     path: str
