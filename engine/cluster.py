@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +25,7 @@ from engine.runtime import die_with_parent, usable_cores
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
-TRIES = 2
+TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Finished(Generic[JobT, ResultT]):
 
 def fan_out(
     function: Callable[[JobT], ResultT],
-    jobs: Sequence[JobT],
+    jobs: Sequence[JobT] | deque[JobT],
     *,
     workers: int | None = None,
     local: bool = False,
@@ -53,6 +54,7 @@ def fan_out(
     """Run `function` on every job and yield each as it finishes, in no particular order.
 
     Args:
+        jobs: taken from the front. A deque may be added to, at either end, while results are taken.
         workers: processes at a time; None is one per usable core, or all that a running cluster has.
         local: processes of this machine, without Ray.
         address: a running Ray cluster; None starts one on this machine and stops it at the end.
@@ -61,24 +63,28 @@ def fan_out(
     """
     if not jobs:
         return
+    queue = jobs if isinstance(jobs, deque) else deque(jobs)
     if local:
-        yield from _local(function, jobs, min(workers or usable_cores(), len(jobs)))
+        yield from _local(function, queue, workers or usable_cores())
     else:
-        yield from _ray(function, jobs, workers, address)
+        yield from _ray(function, queue, workers, address)
 
 
 def _local(
-    function: Callable[[JobT], ResultT], jobs: Sequence[JobT], workers: int
+    function: Callable[[JobT], ResultT], queue: deque[JobT], workers: int
 ) -> Iterator[Finished[JobT, ResultT]]:
     # One single-process pool per worker: when a process dies it is known whose job it was.
-    pools = [_pool() for _ in range(workers)]
-    queue = [(job, 1) for job in reversed(jobs)]
+    pools: list[ProcessPoolExecutor] = []
+    again: list[tuple[JobT, int]] = []
     running: dict[Future[ResultT], tuple[int, JobT, int]] = {}
-    free = list(range(workers))
+    free: list[int] = []
     try:
-        while queue or running:
-            while queue and free:
-                job, attempt = queue.pop()
+        while queue or again or running:
+            while (queue or again) and (free or len(pools) < workers):
+                job, attempt = again.pop() if again else (queue.popleft(), 1)
+                if not free:
+                    pools.append(_pool())
+                    free.append(len(pools) - 1)
                 slot = free.pop()
                 running[_submit(pools, slot, function, job)] = (slot, job, attempt)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -91,7 +97,7 @@ def _local(
                     pools[slot].shutdown(wait=False)
                     pools[slot] = _pool()
                     if attempt < TRIES:
-                        queue.append((job, attempt + 1))
+                        again.append((job, attempt + 1))
                     else:
                         yield Finished(job, Crash(_crash_reason()))
     except BaseException:
@@ -138,18 +144,18 @@ def _crash_reason() -> str:
 
 
 def _ray(
-    function: Callable[[JobT], ResultT], jobs: Sequence[JobT], workers: int | None, address: str | None
+    function: Callable[[JobT], ResultT], queue: deque[JobT], workers: int | None, address: str | None
 ) -> Iterator[Finished[JobT, ResultT]]:
     with _cluster(workers, address) as ray:
         # Ray's own retries cannot tell a crash that will repeat; ours are counted per job.
         remote = ray.remote(num_cpus=1, max_retries=0)(function)
         slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        queue = [(job, 1) for job in reversed(jobs)]
+        again: list[tuple[JobT, int]] = []
         running: dict[Any, tuple[JobT, int]] = {}
-        while queue or running:
+        while queue or again or running:
             # A bounded window: the driver never holds more than a few tasks a worker, however many slides there are.
-            while queue and len(running) < 2 * slots:
-                job, attempt = queue.pop()
+            while (queue or again) and len(running) < 2 * slots:
+                job, attempt = again.pop() if again else (queue.popleft(), 1)
                 running[remote.remote(job)] = (job, attempt)
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
@@ -162,7 +168,7 @@ def _ray(
                     ray.exceptions.OutOfMemoryError,
                 ):
                     if attempt < TRIES:
-                        queue.append((job, attempt + 1))
+                        again.append((job, attempt + 1))
                     else:
                         yield Finished(job, Crash(_crash_reason()))
                 except ray.exceptions.RayTaskError as error:

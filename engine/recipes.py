@@ -45,15 +45,29 @@ class ShardRecipe(_Recipe):
     mpp: float | Literal["native"] = Field(0.5, description="spacing of the patches in um/px, or native: level 0 as is")
     context_px: int = Field(256, ge=16, le=8192, description="side of a stored patch")
     stride_px: int | None = Field(None, ge=16, description="step of the grid; context_px where it is left out")
-    min_tissue: float = Field(0.5, ge=0, le=1, description="smallest share of tissue in a grid cell")
+    min_tissue: float = Field(0.5, ge=0, le=1, description="smallest share of tissue in a grid cell, or in a region")
+    tissue: Literal["otsu", "clam"] = Field("otsu", description="recipe of the tissue mask; clam is CLAM's")
+    min_object_um2: float = Field(1000.0, ge=0, description="smaller pieces of tissue are dropped")
+    max_hole_um2: float = Field(4000.0, ge=0, description="smaller holes in the tissue are filled")
+    region_patches: int | None = Field(None, ge=2, le=256, description="side of a region in patches; null: no regions")
     quality: int = Field(85, ge=1, le=100, description="JPEG quality of re-encoded patches (4:4:4)")
+    optimize_huffman: bool = Field(True, description="optimised Huffman tables: smaller, the same pixels, slower to write")
     reader: Literal["auto", "cucim", "openslide"] = Field("auto", description="a named reader never falls back")
     routes: Literal["auto", "decode"] = Field("auto", description="auto copies a TIFF tile that is a patch, losslessly")
-    permute: Literal["slide"] = Field("slide", description="a slide's patches share shards, in random order")
+    check_tiles: bool = Field(True, description="decode every tile strictly before it is copied; false trusts the slides")
+    patch_flags: bool = Field(True, description="flag white and blurred patches (not those copied unchecked)")
     max_bad_fraction: float = Field(0.5, ge=0, le=1, description="a slide with more damaged patches is quarantined")
+    permute: Literal["group", "global", "slide"] = Field(
+        "group", description="shuffle the patches of a group of slides, of all slides, or of each slide by itself"
+    )
+    group_slides: int = Field(256, ge=1, description="slides in a group, at most")
     patches_per_shard: int = Field(4096, ge=1, description="patches in a shard, about")
+    seed: int = Field(0, ge=0, lt=2**64, description="of groups, shards, the order inside them, and the subset")
+    subset: int | None = Field(None, ge=1, description="take this many slides, chosen at random by the seed")
+    barcodes: Literal["none", "tcga"] = Field("none", description="tcga: patient, sample type and label from file names")
+    md5_manifest: Place | None = Field(None, description="GDC manifest or md5sum output; every slide is checked against it")
+    plans: Place | None = Field(None, description="folder where plans are kept for later runs; null: only until the end")
     workers: int | Literal["auto"] = Field("auto", description="processes; auto is one per CPU core")
-    seed: int = Field(0, ge=0, lt=2**64, description="of the order of the patches inside the shards")
 
     @model_validator(mode="after")
     def _consistent(self) -> ShardRecipe:
@@ -71,17 +85,11 @@ class ShardRecipe(_Recipe):
 
     def options(self) -> ShardOptions:
         """The part that decides the dataset's bytes."""
+        names = ShardOptions.__dataclass_fields__.keys() - {"mpp", "stride_px"}
         return ShardOptions(
             mpp=None if self.mpp == "native" else float(self.mpp),
-            context_px=self.context_px,
             stride_px=self.stride_px or self.context_px,
-            min_tissue=self.min_tissue,
-            quality=self.quality,
-            reader=self.reader,
-            routes=self.routes,
-            max_bad_fraction=self.max_bad_fraction,
-            patches_per_shard=self.patches_per_shard,
-            seed=self.seed,
+            **{name: getattr(self, name) for name in names},
         )
 
 

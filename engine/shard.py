@@ -1,4 +1,8 @@
-"""`engine shard`: slides to a dataset. One job per slide, on Ray or in local processes; the same bytes either way."""
+"""`engine shard`: slides to a dataset, on Ray or in local processes; the same bytes either way.
+
+Three kinds of jobs: each slide is staged, the rows of a group of slides are permuted once all of them are staged, and
+each of the group's shards is gathered. A group whose slides are all staged goes before slides of other groups.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.cluster import Crash, fan_out
 from engine.config import UsageError, dump
 from engine.console import progress, say
+from engine.pipeline import Pipeline, run_job
 from engine.recipes import ShardRecipe
 from engine.slide_list import ListedSlide, absolute, list_slides
 from sharding.atomic import atomic_path, sweep_temporary, write_json
@@ -22,16 +27,11 @@ from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
 from sharding.slide import dicom_series, environment_versions, fingerprint
-from sharding.slide_job import (
-    WORK,
-    Estimate,
-    SlideJob,
-    SlideRecord,
-    estimate_slide,
-    missing_paths,
-    quarantined,
-    run_slide,
-)
+from sharding.estimate import Estimate, EstimateJob, not_planned
+from sharding.groups import make_groups
+from sharding.stage import SlideJob, SlideRecord, missing_paths, quarantined
+from sharding.work import WORK, WorkFolder
+from sharding.writer import ShardRecord
 
 _FINGERPRINT_THREADS = 8
 _UNREADABLE = "unreadable: "  # in the place of a fingerprint
@@ -68,19 +68,22 @@ def _make(
 ) -> dict[str, Any]:
     """Do what is left to do; the caller holds the lock. Returns dataset.json's content."""
     # The folder for work comes first: it is what a rerun knows an unfinished dataset by.
-    for folder in (out, out / WORK, out / "shards"):
+    work = WorkFolder(out)
+    for folder in work.folders:
         folder.mkdir(exist_ok=True)
         sweep_temporary(folder)
     _claim(out, recipe)
     if address is not None:
         _check_visible(out, slides, address)
     jobs, twins = _jobs(slides, out, recipe)
-    records = twins + _run_jobs(jobs, recipe, local=local, address=address)
-    _drop_unlisted(out, records)
+    records, shards = _run_jobs(jobs, work, recipe, local=local, address=address)
+    records += twins
+    _drop_unlisted(out, shards)
     with atomic_path(out / "recipe.yaml") as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
     _log(out, records)
-    meta = finish_dataset(out, recipe.options(), records, {slide.slide_id: slide.columns for slide in slides})
+    columns = {slide.slide_id: slide.columns for slide in slides}
+    meta = finish_dataset(out, recipe.options(), records, shards, columns)
     shutil.rmtree(out / WORK)
     return meta
 
@@ -117,15 +120,22 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
         _finished(out, recipe, slides)
     jobs, twins = _jobs(slides, out, recipe)
     workers = _workers(recipe)
-    estimates = [_as_estimate(twin) for twin in twins]
+    options = recipe.options()
+    estimates = [not_planned(twin.slide_id, twin.reason) for twin in twins]
+    by_name: dict[str, Estimate] = {}
     with progress("plan", len(jobs), "slides") as advance:
-        for done in fan_out(estimate_slide, jobs, workers=workers, local=address is None, address=address):
-            if isinstance(done.result, Crash):
-                estimates.append(_as_estimate(quarantined(done.job, done.result.reason)))
-            else:
-                estimates.append(done.result)
+        estimate_jobs = [EstimateJob(job) for job in jobs]
+        for done in fan_out(run_job, estimate_jobs, workers=workers, local=address is None, address=address):
+            crash = isinstance(done.result, Crash)
+            by_name[done.job.slide.name] = (
+                not_planned(done.job.slide.slide_id, done.result.reason) if crash else done.result
+            )
             advance(1, "")
+    estimates += by_name.values()
     estimates.sort(key=lambda estimate: estimate.slide_id)
+    shards = 0
+    for group in make_groups(jobs, options):
+        shards += -(-sum(by_name[job.name].patches for job in group.jobs) // options.patches_per_shard)
     bad = [e for e in estimates if e.reason]
     copied = sum(e.patches_copied for e in estimates)
     from engine.runtime import usable_cores
@@ -135,17 +145,13 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
         "dataset": str(out),
         "slides": {"done": len(estimates) - len(bad), "quarantined": len(bad)},
         "patches": {"copy": copied, "decode": sum(e.patches for e in estimates) - copied, "quarantined": 0},
-        "shards": sum(e.shards for e in estimates),
+        "shards": shards,
         "bytes": sum(e.bytes for e in estimates),
         "seconds": round(sum(e.seconds for e in estimates) / (workers or usable_cores()), 1),
         "plan_seconds": round(time.monotonic() - started, 3),
         "spacing": [{"slide_id": e.slide_id, "mpp": e.mpp, "source": e.mpp_source} for e in estimates if not e.reason],
         "failures": [{"slide_id": e.slide_id, "reason": e.reason} for e in bad],
     }
-
-
-def _as_estimate(record: SlideRecord) -> Estimate:
-    return Estimate(record.slide_id, record.reason, None, "", "", 0, 0, 0, 0, 0.0)
 
 
 def _workers(recipe: ShardRecipe) -> int | None:
@@ -266,32 +272,40 @@ def _size_bytes(job: SlideJob) -> int:
     return 0 if job.fingerprint.startswith(_UNREADABLE) else int(job.fingerprint.partition("-")[0])
 
 
-def _run_jobs(jobs: Sequence[SlideJob], recipe: ShardRecipe, *, local: bool, address: str | None) -> list[SlideRecord]:
-    records = []
-    patches = failed = 0
+def _run_jobs(
+    jobs: Sequence[SlideJob], work: WorkFolder, recipe: ShardRecipe, *, local: bool, address: str | None
+) -> tuple[list[SlideRecord], list[ShardRecord]]:
+    patches = failed = shards = 0
     with progress("shard", len(jobs), "slides") as advance:
-        for done in fan_out(run_slide, jobs, workers=_workers(recipe), local=local, address=address):
-            if isinstance(done.result, Crash):
-                record = quarantined(done.job, done.result.reason)
-                write_json(done.job.record_path, asdict(record))
-            else:
-                record = done.result
-            records.append(replace(record, path=done.job.path))
+
+        def on_slide(record: SlideRecord) -> None:
+            nonlocal patches, failed
             patches += record.patches
+            failed += record.status == "quarantined"
             if record.status == "quarantined":
-                failed += 1
                 say(f"quarantined: {record.slide_id}: {record.reason}")
             elif record.patches == 0:
                 say(f"no patch: {record.slide_id}: {record.reason}")
             elif record.patches_quarantined:
                 say(f"damaged: {record.slide_id}: {record.reason}")
-            advance(1, f"{patches} patches, {failed} slides quarantined")
-    return records
+            advance(1, f"{patches} patches, {shards} shards, {failed} slides quarantined")
+
+        def on_shard(_shard: ShardRecord) -> None:
+            nonlocal shards
+            shards += 1
+            advance(0, f"{patches} patches, {shards} shards, {failed} slides quarantined")
+
+        options = recipe.options()
+        pipeline = Pipeline(make_groups(jobs, options), work, options, on_slide=on_slide, on_shard=on_shard)
+        for done in fan_out(run_job, pipeline.queue, workers=_workers(recipe), local=local, address=address):
+            pipeline.take(done)
+    paths = {job.slide_id: job.path for job in jobs}
+    return [replace(record, path=paths[record.slide_id]) for record in pipeline.slides], pipeline.shards
 
 
-def _drop_unlisted(out: Path, records: Sequence[SlideRecord]) -> None:
-    """Remove shards that no record lists: those of a slide that failed half-way, or that left the list since."""
-    listed = {shard.name for record in records for shard in record.shards}
+def _drop_unlisted(out: Path, shards: Sequence[ShardRecord]) -> None:
+    """Remove shards that no group lists: those of slides that left the list since an interrupted run."""
+    listed = {shard.name for shard in shards}
     for path in (out / "shards").iterdir():
         if path.name.split(".")[0] not in listed:
             path.unlink()
@@ -311,6 +325,8 @@ def _log(out: Path, records: Sequence[SlideRecord]) -> None:
                 "patches": record.patches,
                 "seconds": round(record.seconds, 3),
             }
+            if record.traceback:
+                line["traceback"] = record.traceback
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

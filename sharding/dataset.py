@@ -13,7 +13,7 @@ from sharding.atomic import write_json
 from sharding.index import FORMAT_VERSION, canonical_digest, content_digest, write_index, write_table
 from sharding.plan import ShardOptions
 from sharding.slide import environment_versions
-from sharding.slide_job import SlideRecord
+from sharding.stage import SlideRecord
 from sharding.writer import ShardRecord
 
 _SLIDE_COLUMNS: list[tuple[str, pa.DataType]] = [
@@ -28,6 +28,7 @@ _SLIDE_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("width_px0", pa.int64()),
     ("height_px0", pa.int64()),
     ("levels", pa.int32()),
+    ("tissue_fraction", pa.float64()),
     ("patches", pa.int64()),
     ("patches_copied", pa.int64()),
     ("patches_quarantined", pa.int64()),
@@ -45,16 +46,18 @@ def finish_dataset(
     dataset: Path,
     options: ShardOptions,
     records: list[SlideRecord],
+    shards: list[ShardRecord],
     user_columns: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Merge the index and write slides.parquet and, last, dataset.json; returns the latter's content.
 
     Args:
         records: one per slide.
+        shards: one per committed shard.
         user_columns: slide_id -> further columns of the user's slide list.
     """
     records = sorted(records, key=lambda record: record.slide_id)
-    shards = sorted((shard for record in records for shard in record.shards), key=lambda shard: shard.name)
+    shards = sorted(shards, key=lambda shard: shard.name)
     num_rows = write_index(dataset, [shard.name for shard in shards])
     write_table(_slides_table(records, user_columns), dataset / "slides.parquet")
     meta: dict[str, Any] = {

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sharding.atomic import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What a training rank maps: 20 packed little-endian bytes a row, no header, the order of index.parquet.
 ROW_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
@@ -53,25 +53,35 @@ _DIGESTED = ("format_version", "recipe", "versions", "counts", "slides", "shards
 
 # Bits of the column `flags`.
 FLAG_OUTSIDE = 1  # the stored pixels reach beyond the slide's edge; there they are white
+FLAG_WHITE = 2  # almost all of the patch is near white
+FLAG_BLURRED = 4  # it is out of focus
+FLAG_PARTIAL_REGION = 8  # its region lacks patches: the slide ends inside it, or some are damaged
 
 
 class DatasetDamagedError(RuntimeError):
     """A dataset is not what was written."""
 
 
+_ROW_GROUP = 1 << 17
+_MOST_ROWS = 1 << 26  # pyarrow's own limit of a row group
 _PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3}
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file atomically. Its bytes depend on the table and the pyarrow version alone."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, **_PARQUET)
+        write_parquet(table, temporary)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file as it comes."""
+    pq.write_table(table, path, **_PARQUET)
 
 
 def write_index(dataset: Path, shard_names: list[str]) -> int:
     """Merge the shards' Parquet files into `index.parquet` and `rows.bin`, in shard order.
 
-    One shard is in memory at a time. `shard_names[i]` is shard number i of `rows.bin`.
+    A hundred thousand rows are in memory at a time. `shard_names[i]` is shard number i of `rows.bin`.
     Returns the number of rows.
     """
     num_rows = 0
@@ -81,10 +91,17 @@ def write_index(dataset: Path, shard_names: list[str]) -> int:
         pq.ParquetWriter(index_tmp, INDEX_SCHEMA, **_PARQUET) as writer,
         open(rows_tmp, "wb") as rows_file,
     ):
+        waiting: list[pa.Table] = []
         for number, table in enumerate(_shard_tables(dataset, shard_names)):
-            writer.write_table(table)
             rows_file.write(packed_rows(table, number).tobytes())
             num_rows += table.num_rows
+            # A row group a shard would fill the file's footer, and the memory, at a hundred million rows.
+            waiting.append(table)
+            if sum(part.num_rows for part in waiting) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting), _MOST_ROWS)
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), _MOST_ROWS)
     return num_rows
 
 

@@ -55,8 +55,23 @@ def tile_header(jpeg_tables: bytes, *, rgb: bool) -> TileHeader:
     return TileHeader(b"\xff\xd8" + (_ADOBE_RGB if rgb else b"") + b"".join(tables), rgb)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A standalone stream in two parts: `head`, then the tile's own bytes [start, end), scan data and EOI."""
+
+    head: bytes
+    start: int
+    end: int
+
+
 def standalone(tile: bytes, header: TileHeader, *, width_px: int, height_px: int) -> bytes:
-    """The tile as a JPEG stream of its own.
+    """The tile as a JPEG stream of its own; see `split`, which says more."""
+    parts = split(tile, header, width_px=width_px, height_px=height_px)
+    return parts.head + tile[parts.start : parts.end]
+
+
+def split(tile: bytes, header: TileHeader, *, width_px: int, height_px: int) -> Parts:
+    """Where the tile's scan lies, and what has to precede it in a stream of its own.
 
     Its quantised coefficients and Huffman codes are the tile's own bytes; only the tile's SOI, comments, application
     segments and whatever follows its EOI are left out.
@@ -69,8 +84,8 @@ def standalone(tile: bytes, header: TileHeader, *, width_px: int, height_px: int
         if marker == _SOS:
             if not framed:
                 raise NotCopyableError("its scan comes before its frame header")
-            kept += [segment, _scan(tile, end)]
-            return b"".join(kept)
+            kept.append(segment)
+            return Parts(b"".join(kept), end, end_of_scan(tile, end))
         if marker == _SOF0:
             _check_frame(segment, width_px, height_px)
             framed = True
@@ -111,13 +126,14 @@ def _segments(data: bytes, *, until: int) -> list[tuple[int, bytes, int]]:
         position = end
 
 
-def _scan(tile: bytes, start: int) -> bytes:
+def end_of_scan(tile: bytes, start: int) -> int:
+    """Where the EOI after the scan that begins at `start` ends. Raises NotCopyableError where there is none."""
     end = _END_OF_SCAN.search(tile, start)
     if end is None:
         raise NotCopyableError("its scan has no end")
     if tile[end.start() + 1] != _EOI:
         raise NotCopyableError("it has more than one scan")
-    return tile[start : end.start() + 2]
+    return end.start() + 2
 
 
 def _check_frame(segment: bytes, width_px: int, height_px: int) -> None:

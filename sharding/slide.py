@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharding.jpeg import NotCopyableError
-from sharding.tiff_tiles import JpegTiles, TileDefectError
+from sharding.jpeg import NotCopyableError, TileHeader
+from sharding.tiff_tiles import JpegTiles, TileCopy, TileDefectError
 
 ReaderName = Literal["auto", "cucim", "openslide"]
 Pixels = npt.NDArray[np.uint8]
@@ -77,6 +77,16 @@ class Spacing:
     x_um: float
     y_um: float
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawTiles:
+    """A level's JPEG tiles as they lie in the file; uint64 [tiles] in raster order, `columns` tiles a row."""
+
+    header: TileHeader
+    columns: int
+    offsets: npt.NDArray[np.uint64]
+    lengths: npt.NDArray[np.uint64]
 
 
 class Reader(Protocol):
@@ -149,7 +159,7 @@ class Slide:
         """Whether the level's TIFF tiles are JPEG of size_px x size_px, so that a patch on their grid can be copied."""
         return self._tiles is not None and self._tiles.tile_size(level) == (size_px, size_px)
 
-    def copy_tile(self, level: int, column: int, row: int) -> bytes | None:
+    def copy_tile(self, level: int, column: int, row: int) -> TileCopy | None:
         """TIFF tile (column, row) as a JPEG stream of its own, losslessly; None where it decodes but cannot be copied.
 
         Raises DamagedTileError where it does not decode.
@@ -161,6 +171,14 @@ class Slide:
             return None
         except TileDefectError as error:
             raise DamagedTileError(f"TIFF tile ({column}, {row}) of level {level} {error}") from None
+
+    def raw_tiles(self, level: int) -> RawTiles | None:
+        """Where the level's TIFF tiles lie, unread and unproven; None where they cannot stand alone as JPEG."""
+        header = self._tiles.header(level) if self._tiles is not None else None
+        if self._tiles is None or header is None:
+            return None
+        columns = -(-self.levels[level].width_px // self._tiles.tile_size(level)[0])
+        return RawTiles(header, columns, *self._tiles.ranges(level))
 
     def spacing(self, override_mpp: float | None = None) -> Spacing | None:
         """Spacing of level 0, or None where neither the slide nor the user states one.

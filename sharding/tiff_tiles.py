@@ -18,7 +18,7 @@ import numpy.typing as npt
 import simplejpeg
 import tifffile
 
-from sharding.jpeg import NotCopyableError, TileHeader, standalone, tile_header
+from sharding.jpeg import NotCopyableError, Parts, TileHeader, split, tile_header
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -49,6 +49,17 @@ class _Page:
     @property
     def columns(self) -> int:
         return -(-self.width_px // self.tile_width_px)
+
+
+@dataclass(frozen=True, slots=True)
+class TileCopy:
+    """A tile as a JPEG stream of its own: `head`, then `length` bytes of the file at `offset`. `pixels` are its proof."""
+
+    head: bytes
+    offset: int
+    length: int
+    stream: bytes
+    pixels: Pixels
 
 
 class JpegTiles:
@@ -125,16 +136,29 @@ class JpegTiles:
                 self._defects[key] = str(error)
         return self._defects[key]
 
-    def copy(self, level: int, column: int, row: int) -> bytes:
-        """The tile as a JPEG stream of its own, its compressed bytes untouched and proven to decode.
+    def copy(self, level: int, column: int, row: int) -> TileCopy:
+        """Where the tile's scan lies, and its pixels: it stands alone losslessly and is proven to decode.
 
         Raises TileDefectError where it does not decode, NotCopyableError where it does but cannot stand alone.
         """
         if self.is_absent(level, column, row):
             raise NotCopyableError("the tile is absent")
-        stream = self._standalone(self._levels[level], self._raw(level, column, row))
-        _strictly(stream)
-        return stream
+        page = self._levels[level]
+        data = self._raw(level, column, row)
+        parts = self._split(page, data)
+        offset = page.offsets[row * page.columns + column] + parts.start
+        stream = parts.head + data[parts.start : parts.end]
+        return TileCopy(parts.head, offset, parts.end - parts.start, stream, _strictly(stream))
+
+    def ranges(self, level: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """(offset, length) in bytes of each tile of a level in raster order, as the file's tile table says; uint64."""
+        page = self._levels[level]
+        return np.array(page.offsets, np.uint64), np.array(page.lengths, np.uint64)
+
+    def header(self, level: int) -> TileHeader | None:
+        """What precedes the level's tiles as standalone streams; None where they cannot stand alone."""
+        header = self._levels[level].header
+        return None if isinstance(header, str) else header
 
     def read(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
         """Pixels of the half-open rectangle, inside the level: uint8 [y2 - y1, x2 - x1, 3].
@@ -194,10 +218,14 @@ class JpegTiles:
         return data
 
     def _standalone(self, page: _Page, data: bytes) -> bytes:
+        parts = self._split(page, data)
+        return parts.head + data[parts.start : parts.end]
+
+    def _split(self, page: _Page, data: bytes) -> Parts:
         if isinstance(page.header, str):
             raise NotCopyableError(page.header)
         try:
-            return standalone(data, page.header, width_px=page.tile_width_px, height_px=page.tile_height_px)
+            return split(data, page.header, width_px=page.tile_width_px, height_px=page.tile_height_px)
         except NotCopyableError:
             self._prove(page, data)  # what cannot stand alone may be damaged: that is the finding then
             raise

@@ -15,8 +15,9 @@ import simplejpeg
 
 from sharding.dataset import DIGESTED_FILES, file_sha256
 from sharding.index import INDEX_SCHEMA, ROW_DTYPE, DatasetDamagedError, canonical_digest, packed_rows, read_meta
-from sharding.writer import tar_header
+from sharding.writer import END_OF_TAR, tar_header
 
+_BATCH_ROWS = 1 << 16
 Bad = dict[str, str | None]
 
 
@@ -32,7 +33,7 @@ def verify_dataset(dataset: Path, *, on_shard: Callable[[], None] | None = None)
         return {"ok": False, "samples": 0, "bad": [_bad(None, None, f"{error}; nothing else can be judged")]}
     bad: list[Bad] = list(_check_files(dataset, meta))
     rows = _rows(dataset, bad)
-    index = _read_parquet(dataset / "index.parquet", bad)
+    index = _Index.open(dataset / "index.parquet", bad)
     samples = start = 0
     for number, shard in enumerate(meta["shards"]):
         table = _read_parquet(dataset / "shards" / f"{shard['name']}.parquet", bad, shard["name"])
@@ -46,7 +47,8 @@ def verify_dataset(dataset: Path, *, on_shard: Callable[[], None] | None = None)
         start += shard["samples"]
         if on_shard is not None:
             on_shard()
-    for name, count in (("rows.bin", None if rows is None else len(rows)), ("index.parquet", _length(index))):
+    index_rows = None if index is None else index.num_rows
+    for name, count in (("rows.bin", None if rows is None else len(rows)), ("index.parquet", index_rows)):
         if count is not None and count != start:
             bad.append(_bad(None, None, f"{name} has {count} rows, the shards have {start}"))
     return {"ok": not bad, "samples": samples, "bad": bad}
@@ -54,10 +56,6 @@ def verify_dataset(dataset: Path, *, on_shard: Callable[[], None] | None = None)
 
 def _bad(shard: str | None, key: str | None, reason: str) -> Bad:
     return {"shard": shard, "key": key, "reason": reason}
-
-
-def _length(table: pa.Table | None) -> int | None:
-    return None if table is None else table.num_rows
 
 
 def _check_files(dataset: Path, meta: dict[str, Any]) -> Iterator[Bad]:
@@ -82,7 +80,34 @@ def _rows(dataset: Path, bad: list[Bad]) -> np.ndarray[Any, np.dtype[np.void]] |
     if path.stat().st_size % ROW_DTYPE.itemsize:
         bad.append(_bad(None, None, f"rows.bin is no multiple of {ROW_DTYPE.itemsize} bytes"))
         return None
-    return np.fromfile(path, ROW_DTYPE)
+    return np.memmap(path, ROW_DTYPE, mode="r") if path.stat().st_size else np.empty(0, ROW_DTYPE)
+
+
+class _Index:
+    """index.parquet, read from front to back: it may be larger than the memory."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self.num_rows = file.metadata.num_rows
+        self._batches = file.iter_batches(_BATCH_ROWS)
+        self._rest = INDEX_SCHEMA.empty_table()
+
+    @classmethod
+    def open(cls, path: Path, bad: list[Bad]) -> _Index | None:
+        try:
+            return cls(pq.ParquetFile(path))
+        except (OSError, pa.ArrowException) as error:
+            bad.append(_bad(None, None, f"{path.name} cannot be read: {' '.join(str(error).split())}"))
+            return None
+
+    def starts_with(self, table: pa.Table) -> bool:
+        """Whether the next rows are those of `table`; they are passed over."""
+        try:
+            while self._rest.num_rows < table.num_rows:
+                self._rest = pa.concat_tables([self._rest, pa.Table.from_batches([next(self._batches)])])
+        except (OSError, pa.ArrowException, StopIteration):
+            return False
+        head, self._rest = self._rest.slice(0, table.num_rows), self._rest.slice(table.num_rows)
+        return bool(head.equals(table))
 
 
 def _read_parquet(path: Path, bad: list[Bad], shard: str | None = None) -> pa.Table | None:
@@ -103,7 +128,7 @@ def _check_index(
     start: int,
     shard: dict[str, Any],
     rows: np.ndarray[Any, np.dtype[np.void]] | None,
-    index: pa.Table | None,
+    index: _Index | None,
 ) -> Iterator[Bad]:
     name, count = shard["name"], table.num_rows
     if count != shard["samples"]:
@@ -111,7 +136,7 @@ def _check_index(
         return
     if rows is not None and not np.array_equal(rows[start : start + count], packed_rows(table, number)):
         yield _bad(name, None, "rows.bin does not agree with the shard's Parquet")
-    if index is not None and not index.slice(start, count).equals(table):
+    if index is not None and not index.starts_with(table):
         yield _bad(name, None, "index.parquet does not agree with the shard's Parquet")
 
 
@@ -142,11 +167,15 @@ def _check_shard(dataset: Path, shard: dict[str, Any], table: pa.Table) -> tuple
                 if reason:
                     bad.append(_bad(name, key, reason))
                 checked += 1
-            digest.update(file.read())
+            end = file.read()
+            digest.update(end)
+            if not bad and end != END_OF_TAR:
+                bad.append(_bad(name, None, "the tar does not end as it was written"))
     except OSError as error:
         bad.append(_bad(name, None, f"the tar cannot be read: {error.strerror}"))
         return checked, bad
-    if not bad and digest.hexdigest() != shard["sha256"]:
+    # Version 1 recorded a digest of the tar; now every part of it is checked by itself.
+    if not bad and digest.hexdigest() != shard.get("sha256", digest.hexdigest()):
         bad.append(_bad(name, None, "the tar has changed since it was written (SHA-256)"))
     try:
         idx = (dataset / "shards" / f"{name}.idx").read_bytes()
@@ -164,8 +193,10 @@ def _sample_defect(block: bytes, key: str, length: int, crc32: int) -> str:
         return f"the tar ends inside the sample ({len(payload)} of {length} bytes)"
     if zlib.crc32(payload) != crc32:
         return "the payload's crc32 is wrong"
-    if block[:512] != tar_header(f"{key}.jpg", length):
+    if block[:512] != tar_header(key, length):
         return "the tar header is damaged"
+    if any(block[512 + length :]):
+        return "the padding after the payload is damaged"
     try:
         simplejpeg.decode_jpeg(payload, strict=True)
     except ValueError as error:

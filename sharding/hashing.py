@@ -1,0 +1,26 @@
+"""Keyed hashing of 64-bit words, vectorised."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+U64Array = npt.NDArray[np.uint64]
+
+
+def splitmix64(values: U64Array) -> U64Array:
+    """Steele, Lea and Flood's splitmix64 finaliser, a bijection of 64-bit words; uint64 [n] -> uint64 [n]."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def order_keys(sample_id: U64Array, seed: int) -> U64Array:
+    """The key that patches are sorted by: distinct for distinct ids, another order for every seed; uint64 [n]."""
+    return splitmix64(sample_id ^ splitmix64(np.array([seed], np.uint64)))
+
+
+def shard_numbers(keys: U64Array, num_shards: int) -> npt.NDArray[np.int64]:
+    """floor(key * num_shards / 2^64), by the key's upper 32 bits: the product stays inside 64 bits; int64 [n]."""
+    return ((keys >> np.uint64(32)) * np.uint64(num_shards) >> np.uint64(32)).astype(np.int64)
