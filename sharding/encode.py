@@ -8,30 +8,33 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from sharding.grid import Geometry
+from sharding.grid import WHOLE_SCALES, Geometry
 from sharding.slide import Pixels, Slide
+
+# Pixels that Pillow's bicubic filter reaches to either side, in pixels of the result.
+_BICUBIC_SUPPORT = 2
 
 
 def read_patch(slide: Slide, geometry: Geometry, window_x: float, window_y: float) -> Pixels:
     """One patch, uint8 [context_px, context_px, 3]; `window_x`, `window_y` in pixels of the level that is read.
 
-    At scale 1 these are the level's own pixels. An integer scale gives their exact mean, any other an antialiased
-    bicubic reduction over the exact window. Outside the slide it is white.
+    At scale 1 these are the level's own pixels. At 2, 4 and 8 they are means of as many pixels squared, or libjpeg's
+    scaled decode (see Slide.read). Any other scale gives an antialiased bicubic reduction, in which every pixel is
+    filtered from its true neighbours, those beyond the window included. Outside the slide it is white.
 
     Raises DamagedTileError where the slide's data under the patch does not decode.
     """
     size_px = geometry.context_px
     side = size_px * geometry.scale
-    if geometry.scale == 1.0:
-        return slide.read(geometry.level, math.floor(window_x + 0.5), math.floor(window_y + 0.5), size_px, size_px)
-    left, top = math.floor(window_x), math.floor(window_y)
-    right, bottom = math.ceil(window_x + side - 1e-6), math.ceil(window_y + side - 1e-6)
-    pixels = slide.read(geometry.level, left, top, right - left, bottom - top)
-    whole = abs(geometry.scale - round(geometry.scale)) < 1e-6
-    x, y = window_x - left, window_y - top
-    box = (x, y, min(x + side, right - left), min(y + side, bottom - top))
-    resampling = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(pixels).resize((size_px, size_px), resampling, box=box))
+    if geometry.scale in WHOLE_SCALES:
+        x_px, y_px, side_px = math.floor(window_x + 0.5), math.floor(window_y + 0.5), round(side)
+        return slide.read(geometry.level, x_px, y_px, side_px, side_px, factor=int(geometry.scale))
+    margin = math.ceil(_BICUBIC_SUPPORT * geometry.scale) + 1
+    left, top = math.floor(window_x) - margin, math.floor(window_y) - margin
+    wide = math.ceil(side) + 1 + 2 * margin
+    pixels = slide.read(geometry.level, left, top, wide, wide)
+    box = (window_x - left, window_y - top, window_x - left + side, window_y - top + side)
+    return np.asarray(Image.fromarray(pixels).resize((size_px, size_px), Image.Resampling.BICUBIC, box=box))
 
 
 def encode_patch(pixels: Pixels, quality: int) -> bytes:

@@ -16,14 +16,18 @@ from sharding.slide import Level, Spacing, SpacingError
 
 # Real slides say 0.2527, 0.263, 0.499: equality never holds (findings of every peer).
 SPACING_TOLERANCE = 0.05
+# Level pixels per stored pixel that need no resampling: as it is, and what libjpeg decodes to. Pyramids often go in
+# steps of 4, so that 0.5 um/px lies between the levels of a slide of 0.25.
+WHOLE_SCALES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """How one slide's patches are read.
 
-    `scale` is level pixels per stored pixel: exactly 1.0 where the level is stored as it is, greater where a window is
-    read from a finer level and reduced. `mpp` is the spacing of the stored pixels, None where it is unknown.
+    `scale` is level pixels per stored pixel: exactly 1.0 where the level is stored as it is, exactly 2.0, 4.0 or 8.0
+    where it is halved, any other number above 1 where it is resampled. `mpp` is the spacing of the stored pixels, None
+    where it is unknown.
     """
 
     level: int
@@ -43,8 +47,10 @@ def choose_geometry(
 ) -> Geometry:
     """Choose the level to read for patches at `mpp` um/px; `mpp=None` means level 0 as it is ("native").
 
-    A level within SPACING_TOLERANCE is taken as it is (the nearest where several are). Else the window comes from the
-    coarsest level that is finer and is reduced; nothing is ever enlarged.
+    A level within SPACING_TOLERANCE is taken as it is (the nearest where several are). Else one that is within it when
+    its spacing is doubled, the fewest times, at most thrice (the coarsest where several are); it is halved as often and
+    keeps its own spacing. Else the window comes from the coarsest level that is finer and is resampled to `mpp`.
+    Nothing is ever enlarged.
 
     Raises SpacingError where the slide states no spacing but one is asked for, or where it is too coarse.
     """
@@ -60,6 +66,11 @@ def choose_geometry(
     near = min(range(len(levels)), key=lambda i: abs(level_mpp[i] / mpp - 1))
     if abs(level_mpp[near] / mpp - 1) <= SPACING_TOLERANCE:
         return Geometry(near, 1.0, level_mpp[near], context_px, stride_px)
+    for factor in WHOLE_SCALES[1:]:
+        matching = [i for i in range(len(levels)) if abs(level_mpp[i] * factor / mpp - 1) <= SPACING_TOLERANCE]
+        if matching:
+            level = max(matching, key=lambda i: level_mpp[i])
+            return Geometry(level, float(factor), level_mpp[level] * factor, context_px, stride_px)
     finer = [i for i in range(len(levels)) if level_mpp[i] < mpp]
     if not finer:
         raise SpacingError(

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from sharding.jpeg import NotCopyableError, TileHeader
 from sharding.tiff_tiles import JpegTiles, TileCopy, TileDefectError
@@ -204,23 +205,48 @@ class Slide:
             )
         return spacing
 
-    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int) -> Pixels:
-        """Pixels of a rectangle of `level`, uint8 [height_px, width_px, 3]; outside the slide they are white.
+    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int, *, factor: int = 1) -> Pixels:
+        """Pixels of a rectangle of `level`, reduced `factor` times: uint8 [height_px // factor, width_px // factor, 3].
+
+        The rectangle's sides are multiples of `factor`. Outside the slide it is white. A reduced pixel is the exact
+        mean of factor x factor pixels, rounded half up; of JPEG tiles that are decoded here it is what libjpeg's scaled
+        decode gives (factor 2, 4 or 8), wherever tiles, rectangle and the slide's own edge are aligned with `factor`.
 
         Raises DamagedTileError where a TIFF tile under the rectangle does not decode strictly.
         """
         size = self.levels[level]
-        x1, y1 = max(x_px, 0), max(y_px, 0)
-        x2, y2 = min(x_px + width_px, size.width_px), min(y_px + height_px, size.height_px)
-        whole = (x1, y1, x2, y2) == (x_px, y_px, x_px + width_px, y_px + height_px)
+        right, bottom = x_px + width_px, y_px + height_px
+        x1, y1, x2, y2 = max(x_px, 0), max(y_px, 0), min(right, size.width_px), min(bottom, size.height_px)
         if x2 <= x1 or y2 <= y1:
-            return np.full((height_px, width_px, 3), 255, np.uint8)
-        pixels = self._pixels(level, x1, y1, x2, y2)
-        if whole:
+            return np.full((height_px // factor, width_px // factor, 3), 255, np.uint8)
+        inside = (x1, y1, x2, y2) == (x_px, y_px, right, bottom)
+        if factor > 1:
+            aligned = not (x_px % factor or y_px % factor or x2 % factor or y2 % factor)
+            reduced = self._scaled(level, x1, y1, x2, y2, factor) if aligned and self._decodes_tiles else None
+            if reduced is None:
+                whole = self.read(level, x_px, y_px, width_px, height_px)
+                return np.asarray(Image.fromarray(whole).reduce(factor))
+            pixels = reduced
+        else:
+            pixels = self._pixels(level, x1, y1, x2, y2)
+        if inside:
             return pixels
-        canvas = np.full((height_px, width_px, 3), 255, np.uint8)
-        canvas[y1 - y_px : y2 - y_px, x1 - x_px : x2 - x_px] = pixels
+        canvas = np.full((height_px // factor, width_px // factor, 3), 255, np.uint8)
+        x, y = (x1 - x_px) // factor, (y1 - y_px) // factor
+        canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
         return canvas
+
+    def _scaled(self, level: int, x1: int, y1: int, x2: int, y2: int, factor: int) -> Pixels | None:
+        """The rectangle by libjpeg's scaled decode; None where it cannot be had so."""
+        assert self._tiles is not None
+        if not self._tiles.scales(level, factor):
+            return None
+        try:
+            return self._tiles.read(level, x1, y1, x2, y2, factor=factor)
+        except TileDefectError as error:
+            raise DamagedTileError(str(error)) from None
+        except NotCopyableError:
+            return None
 
     def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
         # Absent tiles are background; what a reader gives for them is not to be relied on.

@@ -22,12 +22,14 @@ from sharding.jpeg import NotCopyableError, Parts, TileHeader, split, tile_heade
 
 Pixels = npt.NDArray[np.uint8]
 
-# Decoded tiles that are kept: enough for two rows of tiles of a slide of 100,000 px.
-_CACHE_BYTES = 192 << 20
+# Decoded tiles that are kept: three rows of tiles of a slide of 130,000 px. A patch larger than a tile can lie on three
+# rows, and the next row of patches meets the last two of them again.
+_CACHE_BYTES = 300 << 20
 _MAX_PAGES = 1000
 _SOI = b"\xff\xd8"
 _JPEG_COMPRESSION = 7
 _PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR = 2, 6
+_SCALED_DECODES = (2, 4, 8)  # of those that libjpeg has, the ones that are means of whole pixels
 _UNIT_UM = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
 
 
@@ -74,7 +76,7 @@ class JpegTiles:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._defects: dict[tuple[int, int, int], str] = {}
-        self._decoded: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
+        self._decoded: OrderedDict[tuple[int, int, int, int], Pixels] = OrderedDict()
         self._decoded_bytes = 0
 
     @classmethod
@@ -160,43 +162,62 @@ class JpegTiles:
         header = self._levels[level].header
         return None if isinstance(header, str) else header
 
-    def read(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
-        """Pixels of the half-open rectangle, inside the level: uint8 [y2 - y1, x2 - x1, 3].
+    def scales(self, level: int, factor: int) -> bool:
+        """Whether the level's tiles can be decoded at 1/factor of their size."""
+        page = self._levels[level]
+        return factor in _SCALED_DECODES and page.tile_width_px % factor == page.tile_height_px % factor == 0
+
+    def read(self, level: int, x1: int, y1: int, x2: int, y2: int, *, factor: int = 1) -> Pixels:
+        """Pixels of the half-open rectangle, inside the level: uint8 [(y2 - y1) // factor, (x2 - x1) // factor, 3].
+
+        A factor above 1 needs `scales`, and edges that are multiples of it.
 
         Raises TileDefectError, which names the tile, where one does not decode, and NotCopyableError where one cannot
         be decoded by itself.
         """
         page = self._levels[level]
-        width, height = page.tile_width_px, page.tile_height_px
+        width, height = page.tile_width_px // factor, page.tile_height_px // factor
+        x1, y1, x2, y2 = x1 // factor, y1 // factor, x2 // factor, y2 // factor
+        columns, rows = range(x1 // width, -(-x2 // width)), range(y1 // height, -(-y2 // height))
+        if (x2 - x1, y2 - y1, len(columns), len(rows)) == (width, height, 1, 1):
+            # One whole tile: neither copied nor kept, for a grid that asks for whole tiles asks for each of them once.
+            return self._decode(level, columns[0], rows[0], factor)
         pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
-        for column, row in self.covering(level, x1, y1, x2, y2):
-            left, top = column * width, row * height
-            if self.is_absent(level, column, row):
-                pixels[max(0, top - y1) : top + height - y1, max(0, left - x1) : left + width - x1] = 255
-                continue
-            xa, xb, ya, yb = max(x1, left), min(x2, left + width), max(y1, top), min(y2, top + height)
-            tile = self._tile(level, column, row)
-            pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
+        for row in rows:
+            top = row * height
+            ya, yb = max(y1, top), min(y2, top + height)
+            for column in columns:
+                left = column * width
+                xa, xb = max(x1, left), min(x2, left + width)
+                tile = self._tile(level, column, row, factor)
+                pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
         return pixels
 
-    def _tile(self, level: int, column: int, row: int) -> Pixels:
-        key = (level, column, row)
-        if key in self._decoded:
+    def _tile(self, level: int, column: int, row: int, factor: int) -> Pixels:
+        """A tile at 1/factor of its size, from the cache where it is there. Not to be written to."""
+        key = (level, column, row, factor)
+        pixels = self._decoded.get(key)
+        if pixels is not None:
             self._decoded.move_to_end(key)
-            return self._decoded[key]
-        if self._defects.get(key):
-            raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {self._defects[key]}")
-        try:
-            pixels = _strictly(self._standalone(self._levels[level], self._raw(level, column, row)))
-        except TileDefectError as error:
-            self._defects[key] = str(error)
-            raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {error}") from None
-        self._defects[key] = ""
-        self._decoded[key] = pixels
+            return pixels
+        pixels = self._decoded[key] = self._decode(level, column, row, factor)
         self._decoded_bytes += pixels.nbytes
         while self._decoded_bytes > _CACHE_BYTES:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return pixels
+
+    def _decode(self, level: int, column: int, row: int, factor: int) -> Pixels:
+        page = self._levels[level]
+        if self.is_absent(level, column, row):
+            return np.full((page.tile_height_px // factor, page.tile_width_px // factor, 3), 255, np.uint8)
+        reason = self._defects.get((level, column, row))
+        if not reason:
+            try:
+                stream = self._standalone(page, self._raw(level, column, row))
+                return _strictly(stream, (page.tile_width_px // factor, page.tile_height_px // factor))
+            except TileDefectError as error:
+                reason = self._defects[level, column, row] = str(error)
+        raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {reason}")
 
     def _raw(self, level: int, column: int, row: int) -> bytes:
         """The tile's bytes in the file."""
@@ -247,9 +268,11 @@ class JpegTiles:
         os.close(self._descriptor)
 
 
-def _strictly(stream: bytes) -> Pixels:
+def _strictly(stream: bytes, size_px: tuple[int, int] = (0, 0)) -> Pixels:
+    """The pixels, uint8 [H, W, 3], at the smallest of libjpeg's scales that gives `size_px` (0: its own size)."""
     try:
-        return simplejpeg.decode_jpeg(stream, "RGB", strict=True)
+        # `min_factor` by itself scales nothing: it bounds what `min_width` and `min_height` ask for.
+        return simplejpeg.decode_jpeg(stream, "RGB", min_width=size_px[0], min_height=size_px[1], strict=True)
     except ValueError as error:
         raise TileDefectError(f"does not decode: {' '.join(str(error).split())}") from None
 

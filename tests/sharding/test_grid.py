@@ -45,13 +45,36 @@ def test_the_nearest_of_several_levels_within_the_tolerance_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mpp", "level", "scale"), [(0.5, 0, 2.0), (0.75, 0, 3.0), (2.0, 1, 2.0), (3.0, 1, 3.0), (8.0, 2, 2.0)]
+    ("mpp", "level", "scale"), [(0.75, 0, 3.0), (0.45, 0, 1.8), (3.0, 1, 3.0), (7.0, 2, 1.75), (64.0, 2, 16.0)]
 )
 def test_else_the_window_comes_from_the_coarsest_finer_level(mpp: float, level: int, scale: float) -> None:
     geometry = choose(0.25, mpp)
     assert (geometry.level, geometry.mpp) == (level, mpp)
     assert geometry.scale == pytest.approx(scale)
     assert geometry.read_px == round(256 * scale)
+
+
+@pytest.mark.parametrize(
+    ("mpp0", "mpp", "level", "scale"),
+    [(0.25, 0.5, 0, 2.0), (0.2527, 0.5, 0, 2.0), (0.2376, 0.5, 0, 2.0), (0.25, 2.0, 1, 2.0), (0.25, 32.0, 2, 8.0)],
+)
+def test_a_level_whose_doubled_spacing_matches_is_halved_and_keeps_its_own(
+    mpp0: float, mpp: float, level: int, scale: float
+) -> None:
+    geometry = choose(mpp0, mpp)
+    assert (geometry.level, geometry.scale, geometry.read_px) == (level, scale, round(256 * scale))
+    assert geometry.mpp == mpp0 * APERIO[level].downsample_x * scale
+
+
+def test_a_level_as_it_is_goes_before_a_halved_one_and_the_smaller_factor_first() -> None:
+    levels = make_levels([(10_000, 10_000), (5_000, 5_000), (2_400, 2_400)])
+    assert choose(0.25, 0.5, levels) == Geometry(1, 1.0, 0.5, 256, 256)
+    # 0.263 x 2 is 5.2 % off; 0.263 x 4 too: neither matches, so the window is resampled.
+    assert choose(0.263, 0.5).scale == pytest.approx(0.5 / 0.263)
+    assert choose(0.25, 2.0, levels) == Geometry(2, 2.0, 0.25 * 10_000 / 2_400 * 2, 256, 256)
+    # Of two levels that match, the coarser is read.
+    close = make_levels([(10_000, 10_000), (9_800, 9_800)])
+    assert choose(0.25, 0.5, close).level == 1
 
 
 @given(mpp0=st.floats(0.1, 2.0), mpp=st.floats(0.1, 16.0))
