@@ -18,7 +18,7 @@ from sharding.plan import plan_slide
 from sharding.slide import DamagedTileError, Level, Pixels, Slide, Spacing, fingerprint, make_levels, open_slide
 from sharding.slide_job import run_slide
 from sharding.synth import SlideSpec, paint_slide
-from sharding.tissue import TissueMask, find_tissue, tissue_of
+from sharding.tissue import TissueMask, find_tissue, saturation, tissue_of
 
 PEN = 3
 
@@ -84,12 +84,16 @@ def test_fractions_are_the_exact_share_of_the_covered_area(data: st.DataObject, 
     width, height = data.draw(st.floats(0.5, 300.0)), data.draw(st.floats(0.5, 300.0))
     origins = data.draw(st.lists(st.tuples(st.floats(-50, 400), st.floats(-50, 400)), min_size=1, max_size=4))
     x0, y0 = (np.array(values) for values in zip(*origins, strict=True))
-    got = TissueMask(mask, cell_x, cell_y, 20).fractions(x0, y0, width, height)
+    got = bare(mask, cell_x, cell_y).fractions(x0, y0, width, height)
     assert got.dtype == np.float32
     for x, y, fraction in zip(x0, y0, got, strict=True):
         across = overlaps(x, x + width, cell_x, columns)
         down = overlaps(y, y + height, cell_y, rows)
         assert fraction == pytest.approx(float(down @ mask @ across) / (width * height), abs=1e-5)
+
+
+def bare(mask: np.ndarray, cell_x_px0: float, cell_y_px0: float) -> TissueMask:
+    return TissueMask(mask, cell_x_px0, cell_y_px0, 20, np.full((*mask.shape, 3), 255, np.uint8))
 
 
 def overlaps(start: float, stop: float, cell: float, count: int) -> np.ndarray:
@@ -100,7 +104,7 @@ def overlaps(start: float, stop: float, cell: float, count: int) -> np.ndarray:
 def test_fractions_of_whole_cells_are_plain_counts() -> None:
     mask = np.random.default_rng(1).random((32, 48)) < 0.3
     y, x = (a.ravel() * 8.0 for a in np.mgrid[0:4, 0:6])
-    got = TissueMask(mask, 1.0, 1.0, 20).fractions(x, y, 8.0, 8.0)
+    got = bare(mask, 1.0, 1.0).fractions(x, y, 8.0, 8.0)
     assert np.array_equal(got, mask.reshape(4, 8, 6, 8).mean(axis=(1, 3)).ravel().astype(np.float32))
 
 
@@ -124,6 +128,62 @@ def test_specks_are_dropped_and_small_holes_filled_by_their_area() -> None:
     assert np.array_equal(mask, expected)
     unscaled, _ = tissue_of(pink((80, 80), where), cell_um2=None)
     assert np.array_equal(unscaled, where)
+
+
+def test_the_speck_and_hole_rules_can_be_given() -> None:
+    where = np.zeros((80, 80), bool)
+    where[20:60, 20:60] = True
+    where[2, 2:5] = True  # 192 um2
+    where[40:52, 40:52] = False  # 9216 um2
+    kept, _ = tissue_of(pink((80, 80), where), cell_um2=64.0, min_object_um2=192.0, max_hole_um2=9216.0)
+    assert np.array_equal(kept, where)
+    dropped, _ = tissue_of(pink((80, 80), where), cell_um2=64.0, min_object_um2=193.0, max_hole_um2=9217.0)
+    expected = np.zeros_like(where)
+    expected[20:60, 20:60] = True
+    assert np.array_equal(dropped, expected)
+
+
+def by_clam(picture: Pixels) -> np.ndarray:
+    """Median over 7 x 7, above 8, closed with a square of 4 x 4: each as it is defined, cell by cell."""
+    value = np.pad(saturation(picture), 3, mode="edge")
+    above = np.median(np.lib.stride_tricks.sliding_window_view(value, (7, 7)), axis=(2, 3)) > 8
+    windows = np.lib.stride_tricks.sliding_window_view
+    # Closed: what no square of 4 x 4 reaches that touches nothing. Beyond the border the picture goes on as it ends.
+    padded = np.pad(above, 8, mode="edge")
+    free = ~windows(padded, (4, 4)).any(axis=(2, 3))
+    reached = windows(np.pad(free, 3, constant_values=False), (4, 4)).any(axis=(2, 3))
+    return ~reached[8:-8, 8:-8]
+
+
+@given(seed=st.integers(0, 10_000), rows=st.integers(5, 40), columns=st.integers(5, 40), share=st.floats(0.05, 0.6))
+def test_clams_recipe_is_median_threshold_and_closing(seed: int, rows: int, columns: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((-(-rows // 5), -(-columns // 5))) < share
+    where = np.kron(coarse, np.ones((5, 5))).astype(bool)[:rows, :columns] ^ (rng.random((rows, columns)) < 0.1)
+    picture = pink((rows, columns), where)
+    mask, threshold = tissue_of(picture, cell_um2=None, recipe="clam")
+    assert threshold == 8
+    assert np.array_equal(mask, by_clam(picture))
+
+
+def test_clam_keeps_what_hangs_together_by_a_corner_and_otsu_does_not() -> None:
+    where = np.zeros((60, 60), bool)
+    where[10:25, 10:25] = where[25:40, 25:40] = True
+    picture = pink((60, 60), where)
+    alone = tissue_of(picture, cell_um2=1.0, min_object_um2=300.0, max_hole_um2=0.0)[0]
+    joined = tissue_of(picture, cell_um2=1.0, recipe="clam", min_object_um2=300.0, max_hole_um2=0.0)[0]
+    assert not alone.any()
+    assert (joined & where).sum() > 0.9 * where.sum()
+
+
+def test_clam_finds_the_painted_tissue(slides: Any, truth_of: Any) -> None:
+    true, _ = truth_of(slides["plain"])
+    with open_slide(slides["plain"]) as slide:
+        mask = find_tissue(slide, 0.5, recipe="clam")
+        nothing = find_tissue(slide, 0.5, recipe="clam", min_object_um2=1e9)
+    assert mask.picture.shape == (*mask.mask.shape, 3)
+    assert (mask.mask & true).sum() / (mask.mask | true).sum() >= 0.9
+    assert not nothing.mask.any()
 
 
 @pytest.mark.parametrize("ink", [(30, 60, 140), (40, 140, 70), (20, 20, 22)])
@@ -171,11 +231,12 @@ def test_the_mask_is_that_of_exact_means_however_the_level_is_cut_up(monkeypatch
             means[i, j] = (2 * cell.sum(axis=0, dtype=np.int64) + len(cell)) // (2 * len(cell))
     expected, threshold = tissue_of(means, cell_um2=64.0)
     assert 0.05 < expected.mean() < 0.95
-    for strip_px in (4096, 64, 16):
-        monkeypatch.setattr(tissue, "_STRIP_PX", strip_px)
+    for square_px in (1024, 64, 16):
+        monkeypatch.setattr(tissue, "_SQUARE_PX", square_px)
         found = find_tissue(Slide(Path("x"), FakeReader([picture]), None), 0.5)
         assert (found.cell_x_px0, found.cell_y_px0, found.threshold) == (16.0, 16.0, threshold)
-        assert np.array_equal(found.mask, expected), strip_px
+        assert np.array_equal(found.picture, means)
+        assert np.array_equal(found.mask, expected), square_px
 
 
 def test_the_coarsest_level_that_is_fine_enough_is_read_alone() -> None:
