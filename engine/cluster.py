@@ -70,9 +70,7 @@ def fan_out(
         yield from _ray(function, queue, workers, address)
 
 
-def _local(
-    function: Callable[[JobT], ResultT], queue: deque[JobT], workers: int
-) -> Iterator[Finished[JobT, ResultT]]:
+def _local(function: Callable[[JobT], ResultT], queue: deque[JobT], workers: int) -> Iterator[Finished[JobT, ResultT]]:
     # One single-process pool per worker: when a process dies it is known whose job it was.
     pools: list[ProcessPoolExecutor] = []
     again: list[tuple[JobT, int]] = []

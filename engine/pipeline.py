@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.cluster import Crash, Finished
-from sharding.atomic import write_json
 from sharding.gather import GatherJob, GatherResult
 from sharding.groups import Group, GroupRecord, after_gathering, finish_group, read_group
 from sharding.permute import Member, Permutation, PermuteJob
@@ -41,7 +40,7 @@ class _UnderWay:
 
 
 class Pipeline:
-    """The jobs of a run. `queue` holds those that can start; `take` is told what came of each and adds the next ones."""
+    """The jobs of a run. `queue` holds those that can start; `take` notes what came of one and adds the next ones."""
 
     def __init__(
         self,

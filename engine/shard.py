@@ -24,11 +24,11 @@ from engine.recipes import ShardRecipe
 from engine.slide_list import ListedSlide, absolute, list_slides
 from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
+from sharding.estimate import Estimate, EstimateJob, not_planned
+from sharding.groups import make_groups
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
 from sharding.slide import dicom_series, environment_versions, fingerprint
-from sharding.estimate import Estimate, EstimateJob, not_planned
-from sharding.groups import make_groups
 from sharding.stage import SlideJob, SlideRecord, missing_paths, quarantined
 from sharding.work import WORK, WorkFolder
 from sharding.writer import ShardRecord
@@ -126,10 +126,8 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     with progress("plan", len(jobs), "slides") as advance:
         estimate_jobs = [EstimateJob(job) for job in jobs]
         for done in fan_out(run_job, estimate_jobs, workers=workers, local=address is None, address=address):
-            crash = isinstance(done.result, Crash)
-            by_name[done.job.slide.name] = (
-                not_planned(done.job.slide.slide_id, done.result.reason) if crash else done.result
-            )
+            slide, result = done.job.slide, done.result
+            by_name[slide.name] = not_planned(slide.slide_id, result.reason) if isinstance(result, Crash) else result
             advance(1, "")
     estimates += by_name.values()
     estimates.sort(key=lambda estimate: estimate.slide_id)
@@ -239,7 +237,7 @@ def _fingerprints(slides: Sequence[ListedSlide]) -> list[str]:
 
 
 def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tuple[list[SlideJob], list[SlideRecord]]:
-    """One job per slide, largest file first so that none is left alone at the end; and records of repeated files."""
+    """One job per slide, and records of unreadable and repeated files."""
     options = recipe.options()
     jobs, twins = [], []
     seen: dict[str, str] = {}
@@ -248,7 +246,7 @@ def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tupl
         for slide, mark in zip(slides, _fingerprints(slides), strict=True)
     ]
     # Of the files of a DICOM slide the largest holds level 0; annotations and labels are small.
-    for job in sorted(listed, key=lambda job: -_size_bytes(job) if job.path.lower().endswith(".dcm") else 0):
+    for job in sorted(listed, key=lambda job: -job.size_bytes if job.path.lower().endswith(".dcm") else 0):
         if job.fingerprint.startswith(_UNREADABLE):
             twins.append(quarantined(job, f"{job.path}: {job.fingerprint.removeprefix(_UNREADABLE)}"))
             continue
@@ -264,12 +262,7 @@ def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tupl
             if series is not None:
                 seen[series] = job.slide_id
             jobs.append(job)
-    jobs.sort(key=lambda job: (-_size_bytes(job), job.slide_id))
     return jobs, twins
-
-
-def _size_bytes(job: SlideJob) -> int:
-    return 0 if job.fingerprint.startswith(_UNREADABLE) else int(job.fingerprint.partition("-")[0])
 
 
 def _run_jobs(

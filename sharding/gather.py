@@ -20,17 +20,27 @@ import pyarrow as pa
 from imagecodecs import deflate_crc32
 
 from sharding.atomic import atomic_path, write_json
-from sharding.hashing import order_keys
 from sharding.index import INDEX_SCHEMA, DatasetDamagedError, write_parquet
 from sharding.jpeg import NotCopyableError, TileHeader, end_of_scan, split
 from sharding.rows import NO_REGION, RAW, ROW, Rows
 from sharding.slide import fingerprint
 from sharding.stage import Source
 from sharding.work import WorkFolder
-from sharding.writer import BLOCK, END_OF_TAR, KEY_LENGTH, ShardRecord, idx_text, is_whole, keys_of, tar_headers, write_members
+from sharding.writer import (
+    BLOCK,
+    END_OF_TAR,
+    KEY_LENGTH,
+    Payload,
+    ShardRecord,
+    idx_text,
+    is_whole,
+    keys_of,
+    tar_headers,
+    write_members,
+)
 
 # Payloads that are read, in the order of their files, before they are written in theirs.
-_WINDOW_PATCHES = 1024
+_WINDOW_PATCHES = 256
 _OPEN_FILES = 256
 
 
@@ -137,7 +147,7 @@ def write_shard(work: WorkFolder, job: GatherJob, rows: Rows, files: SourceFiles
 def _table(rows: Rows, files: SourceFiles, shard: str, keys: list[str], offsets: npt.NDArray[np.int64]) -> pa.Table:
     numbers, which = np.unique(rows["source"], return_inverse=True)
     sources = [files.source(number) for number in numbers.tolist()]
-    columns: dict[str, Any] = {name: rows[name] for name in rows.dtype.names if name in INDEX_SCHEMA.names}
+    columns: dict[str, Any] = {name: rows[name] for name in INDEX_SCHEMA.names if name in (ROW.names or ())}
     for name in ("slide_id", "level", "read_px", "mpp", "route"):
         field_type = INDEX_SCHEMA.field(name).type
         columns[name] = pa.array([getattr(source, name) for source in sources], field_type).take(pa.array(which))
@@ -163,7 +173,7 @@ class SourceFiles:
 
     def __init__(self, table: Path) -> None:
         """`table` has one source, as JSON, a line."""
-        self._table = open(table, "rb")
+        self._table = table.open("rb")
         self._starts = line_starts(table)
         self._sources: dict[int, Source] = {}
         self._open: OrderedDict[int, _Open] = OrderedDict()
@@ -174,7 +184,7 @@ class SourceFiles:
             self._sources[number] = Source(**json.loads(self._table.readline()))
         return self._sources[number]
 
-    def read(self, rows: Rows, damaged: dict[str, list[Any]]) -> tuple[Rows, list[tuple[bytes, bytes | memoryview]]]:
+    def read(self, rows: Rows, damaged: dict[str, list[Any]]) -> tuple[Rows, list[Payload]]:
         """The payloads of some rows, each as (head, rest), and the rows with length and crc32 of the payload.
 
         They are read in the order of files and offsets. Rows whose bytes are rejected are left out and noted in
@@ -191,20 +201,21 @@ class SourceFiles:
             if numbers[i] != current:
                 current = numbers[i]
                 file = self._file(current)
-            rest = pread(file.descriptor, lengths[i], offsets[i])
+            data = pread(file.descriptor, lengths[i], offsets[i])
+            rest: bytes | memoryview = data
             if heads[i] != RAW:
                 head, start = file.heads[heads[i]]
-                checksum = crc32(rest, start)
+                checksum = crc32(data, start)
                 if checksum != expected[i]:
                     _reject(file.source, rows[i], "has changed since it was checked (crc32)", damaged)
                     continue
             else:
                 try:
-                    head, rest, start = _parse(file, rest, lengths[i])
+                    head, rest, start = _parse(file, data, lengths[i])
                 except NotCopyableError as error:
                     _reject(file.source, rows[i], f"cannot be copied: {error}", damaged)
                     continue
-                checksum = crc32(rest, start)
+                checksum = crc32(rest, start)  # type: ignore[arg-type]  # its stub forgets memoryview
             payloads[i] = (head, rest)
             checksums[i] = checksum
         rows = rows.copy()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from sharding.atomic import write_json
@@ -46,7 +47,7 @@ def make_groups(jobs: Sequence[SlideJob], options: ShardOptions) -> list[Group]:
     size = {"slide": 1, "global": len(jobs), "group": options.group_slides}[options.permute]
     count = -(-len(jobs) // size)
     bounds = [len(jobs) * i // count for i in range(count + 1)]
-    return [_group(shuffled[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [_group(shuffled[start:stop]) for start, stop in pairwise(bounds)]
 
 
 def _group(jobs: Sequence[SlideJob]) -> Group:
@@ -57,7 +58,7 @@ def _group(jobs: Sequence[SlideJob]) -> Group:
 
 
 def read_group(group: Group, work: WorkFolder) -> GroupRecord | None:
-    """The record of a finished group; None where there is none, a slide of it is another now, or a shard is not whole."""
+    """The record of a finished group; None where there is none, or it is outdated or not whole."""
     try:
         value = json.loads(work.group(group.name).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -115,7 +115,13 @@ def plan_slide(slide: Slide, fingerprint: str, options: ShardOptions, *, mpp_ove
             f"level {geometry.level} has {level.width_px}x{level.height_px} px, less than one patch of "
             f"{geometry.stride_px * geometry.scale:.0f} px"
         )
-    mask = find_tissue(slide, None if spacing is None else (spacing.x_um + spacing.y_um) / 2)
+    mask = find_tissue(
+        slide,
+        None if spacing is None else (spacing.x_um + spacing.y_um) / 2,
+        recipe=options.tissue,
+        min_object_um2=options.min_object_um2,
+        max_hole_um2=options.max_hole_um2,
+    )
     stride = geometry.stride_px * geometry.scale
     fraction = mask.fractions(
         cells.col * stride * level.downsample_x,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# One patch, 64 bytes. `source` numbers the files that bytes come from. A stored payload is head number `head` of its
-# source followed by the `length` bytes at `offset` of its file, and `crc32` is the payload's. With head RAW these bytes
-# are a TIFF tile as it lies in the slide, not looked at yet, and crc32 is not known. `region` is -1 where there is none.
+# One patch, 64 bytes. `source` numbers the files that bytes come from. A payload is head number `head` of its source
+# followed by the `length` bytes at `offset` of its file, and `crc32` is the payload's. With head RAW these bytes are a
+# TIFF tile as it lies in the slide, not looked at yet, and crc32 is not known. `region` is -1 where there is none.
 ROW = np.dtype(
     [
         ("sample_id", "<u8"),

@@ -23,6 +23,7 @@ from sharding.atomic import atomic_path, write_json
 from sharding.encode import encode_patch, read_patch
 from sharding.index import FLAG_PARTIAL_REGION
 from sharding.plan import ShardOptions, SlidePlan, load_plan, plan_digest, plan_slide, save_plan
+from sharding.qc import qc_picture
 from sharding.rows import NO_REGION, Rows
 from sharding.slide import DamagedTileError, Pixels, Slide, SlideError, fingerprint, open_slide
 from sharding.work import WorkFolder
@@ -54,7 +55,8 @@ class SlideJob:
 
     @property
     def size_bytes(self) -> int:
-        return int(self.fingerprint.partition("-")[0])
+        size = self.fingerprint.partition("-")[0]
+        return int(size) if size.isdigit() else 0  # the fingerprint of a file that cannot be read is another text
 
     @property
     def work(self) -> WorkFolder:
@@ -204,7 +206,7 @@ def _stage(job: SlideJob, started: float) -> SlideRecord:
         staged = stage_rows(job, slide, plan, (status.st_size, status.st_mtime_ns))
         reason = bad_reason(staged.damaged, plan.num_patches)
         check_bad_fraction(reason, len(staged.damaged), plan.num_patches, job.options)
-        _write_qc(job, slide, plan, staged)
+        _write_qc(job, slide, plan, staged.damaged)
         work = job.work
         write_json(work.sources(job.name), [asdict(source) for source in staged.sources])
         with atomic_path(work.rows(job.name)) as temporary, open(temporary, "wb") as file:
@@ -243,8 +245,25 @@ def _check_md5(job: SlideJob) -> None:
         raise SlideError(f"its MD5 is {found}, the manifest says {job.md5}: the file is damaged or another one")
 
 
-def _write_qc(job: SlideJob, slide: Slide, plan: SlidePlan, staged: Staged) -> None:
-    pass
+def _write_qc(job: SlideJob, slide: Slide, plan: SlidePlan, damaged: dict[int, str]) -> None:
+    geometry, level = plan.geometry, slide.levels[plan.geometry.level]
+    stride = geometry.stride_px * geometry.scale
+    width, height = stride * level.downsample_x, stride * level.downsample_y
+    bad = np.zeros(plan.num_patches, bool)
+    bad[list(damaged)] = True
+    drawn = qc_picture(
+        plan.mask.picture,
+        plan.mask.mask,
+        plan.rows["col"] * width,
+        plan.rows["row"] * height,
+        cell_x_px0=plan.mask.cell_x_px0,
+        cell_y_px0=plan.mask.cell_y_px0,
+        width_px0=width,
+        height_px0=height,
+        damaged=bad,
+    )
+    with atomic_path(job.work.qc(job.slide_id)) as temporary:
+        temporary.write_bytes(drawn)
 
 
 def bad_reason(damaged: dict[int, str], planned: int) -> str:
@@ -388,9 +407,7 @@ class _Stager:
         row = self.rows[i]
         return f"TIFF tile ({row['col']}, {row['row']}) of level {self.plan.geometry.level} {what}"
 
-    def _add(
-        self, route: Literal["copy", "decode"], path: str, identity: tuple[int, int], **more: Any
-    ) -> None:
+    def _add(self, route: Literal["copy", "decode"], path: str, identity: tuple[int, int], **more: Any) -> None:
         geometry = self.plan.geometry
         self.sources.append(
             Source(

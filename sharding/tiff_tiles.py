@@ -55,7 +55,7 @@ class _Page:
 
 @dataclass(frozen=True, slots=True)
 class TileCopy:
-    """A tile as a JPEG stream of its own: `head`, then `length` bytes of the file at `offset`. `pixels` are its proof."""
+    """A tile as a JPEG stream: `head`, then `length` bytes of the file at `offset`. `pixels` are its proof."""
 
     head: bytes
     offset: int

@@ -1,9 +1,11 @@
-"""The folder for work inside an unfinished dataset: where plans, rows, encoded patches and records lie until the end."""
+"""The folder for work in an unfinished dataset: where plans, rows, encoded patches and records lie until the end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from sharding.qc import qc_name
 
 WORK = ".work"
 _FOLDERS = ("plans", "slides", "groups", "shards")
@@ -61,6 +63,9 @@ class WorkFolder:
 
     def shard_record(self, name: str) -> Path:
         return self.path / "shards" / f"{name}.json"
+
+    def qc(self, slide_id: str) -> Path:
+        return self.dataset / "qc" / qc_name(slide_id)
 
     def shard(self, name: str, suffix: str) -> Path:
         return self.dataset / "shards" / f"{name}.{suffix}"

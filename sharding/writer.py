@@ -19,6 +19,7 @@ _PADDING = memoryview(bytes(BLOCK))
 _MOST_BUFFERS = 1024
 
 ByteArray = npt.NDArray[np.uint8]
+Payload = tuple[bytes, bytes | memoryview]  # in two parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,9 @@ def padding_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return -lengths % BLOCK
 
 
-def write_members(descriptor: int, headers: ByteArray, payloads: Sequence[tuple[bytes, bytes]]) -> None:
+def write_members(descriptor: int, headers: ByteArray, payloads: Sequence[Payload]) -> None:
     """Append members to a tar; a payload is given in two parts."""
-    block = memoryview(headers).cast("B")
+    block = memoryview(headers.tobytes())
     buffers: list[bytes | memoryview] = []
     for i, (head, rest) in enumerate(payloads):
         buffers += (
