@@ -58,20 +58,25 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, str],
             yield advance_bar
         return
     done, started, printed = 0, time.monotonic(), time.monotonic()
-    latest = ""
+    latest, told = "", True
+
+    def tell() -> None:
+        nonlocal printed, told
+        printed, told = time.monotonic(), True
+        left = (printed - started) / done * (total - done) if done else 0.0
+        ending = f"{printed - started:.0f} s" if done >= total else f"about {left:.0f} s left"
+        say(f"{title}: {done}/{total} {unit}, {ending}{'  ' + latest if latest else ''}")
 
     def advance(count: int, note: str = "") -> None:
-        nonlocal done, printed, latest
+        nonlocal done, latest, told
         done += count
-        latest = note or latest
-        now = time.monotonic()
-        if done >= total or now - printed >= _SECONDS_BETWEEN_LINES:
-            printed = now
-            left = (now - started) / done * (total - done) if done else 0.0
-            ending = f"{now - started:.0f} s" if done >= total else f"about {left:.0f} s left"
-            say(f"{title}: {done}/{total} {unit}, {ending}{'  ' + latest if latest else ''}")
+        latest, told = note or latest, False
+        if (count and done >= total) or time.monotonic() - printed >= _SECONDS_BETWEEN_LINES:
+            tell()
 
     yield advance
+    if not told:
+        tell()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,14 @@ import tifffile
 from PIL import Image
 
 from sharding.dataset import finish_dataset
+from sharding.gather import GatherJob, GatherResult
+from sharding.groups import Group, after_gathering, make_groups
+from sharding.permute import Member, PermuteJob
 from sharding.plan import ShardOptions
 from sharding.slide import fingerprint
-from sharding.slide_job import WORK, SlideJob, SlideRecord, run_slide
+from sharding.stage import SlideJob, SlideRecord
 from sharding.synth import SlideSpec, paint_slide
+from sharding.work import WorkFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -147,10 +151,19 @@ def make_options() -> Callable[..., ShardOptions]:
             "context_px": 128,
             "stride_px": 128,
             "min_tissue": 0.5,
+            "tissue": "otsu",
+            "min_object_um2": 1000.0,
+            "max_hole_um2": 4000.0,
+            "region_patches": None,
             "quality": 85,
+            "optimize_huffman": False,
             "reader": "auto",
             "routes": "auto",
+            "check_tiles": True,
+            "patch_flags": True,
             "max_bad_fraction": 1.0,
+            "permute": "slide",
+            "group_slides": 256,
             "patches_per_shard": 16,
             "seed": 0,
         }
@@ -166,23 +179,42 @@ def make_job(make_options: Callable[..., ShardOptions]) -> Callable[..., SlideJo
     def make(
         slide: Path, dataset: Path, *, slide_id: str = "slide", mpp_override: float | None = None, **options: Any
     ) -> SlideJob:
-        for folder in ("shards", WORK):
-            (dataset / folder).mkdir(parents=True, exist_ok=True)
+        for folder in WorkFolder(dataset).folders:
+            folder.mkdir(parents=True, exist_ok=True)
         return SlideJob(slide_id, str(slide), fingerprint(slide), mpp_override, str(dataset), make_options(**options))
 
     return make
 
 
+def gather_group(group: Group, records: dict[str, SlideRecord]) -> list[GatherResult]:
+    """Permute and gather a staged group in this process."""
+    job = group.jobs[0]
+    members = tuple(Member(j.name, j.path, records[j.name].patches) for j in group.jobs if records[j.name].patches)
+    options = job.options
+    permutation = PermuteJob(job.dataset, group.name, members, options.seed, options.patches_per_shard).run()
+    firsts = np.cumsum([0, *permutation.counts])
+    return [
+        GatherJob(job.dataset, group.name, permutation.digest, number, int(firsts[number]), count).run()
+        for number, count in enumerate(permutation.counts)
+        if count
+    ]
+
+
 @pytest.fixture(scope="session")
 def make_dataset(make_job: Callable[..., SlideJob]) -> Callable[..., list[SlideRecord]]:
-    """Shard slides (slide_id -> path) into a finished dataset; returns the records."""
+    """Shard slides (slide_id -> path) into a finished dataset, in this process; returns the slides' records."""
 
     def make(dataset: Path, listed: dict[str, Path], **options: Any) -> list[SlideRecord]:
         jobs = [make_job(path, dataset, slide_id=slide_id, **options) for slide_id, path in listed.items()]
-        records = [run_slide(job) for job in jobs]
-        finish_dataset(dataset, jobs[0].options, records, {})
-        shutil.rmtree(dataset / WORK)
-        return records
+        records = {job.name: job.run() for job in jobs}
+        shards = []
+        for group in make_groups(jobs, jobs[0].options):
+            results = gather_group(group, records)
+            records |= after_gathering(group.jobs, {job.name: records[job.name] for job in group.jobs}, results)
+            shards += [result.shard for result in results if result.shard is not None]
+        finish_dataset(dataset, jobs[0].options, list(records.values()), shards, {})
+        shutil.rmtree(WorkFolder(dataset).path)
+        return [records[job.name] for job in jobs]
 
     return make
 

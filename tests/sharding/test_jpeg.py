@@ -16,9 +16,9 @@ import simplejpeg
 import tifffile
 from cucim.clara import CuImage
 from PIL import Image
+from sharding.slide_job import SlideRecord, run_slide
 
 from sharding.jpeg import NotCopyableError, standalone, tile_header
-from sharding.slide_job import SlideRecord, run_slide
 from sharding.synth import SlideSpec, paint_slide
 
 VARIANTS = [

@@ -12,11 +12,11 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
+from sharding.slide_job import run_slide
 
 from sharding import tissue
 from sharding.plan import plan_slide
 from sharding.slide import DamagedTileError, Level, Pixels, Slide, Spacing, fingerprint, make_levels, open_slide
-from sharding.slide_job import run_slide
 from sharding.synth import SlideSpec, paint_slide
 from sharding.tissue import TissueMask, find_tissue, saturation, tissue_of
 
