@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sharding.faults import fault_point
+
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -17,10 +19,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an error it becomes `path`, durably."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
     try:
+        fault_point("atomic.before_write")
         yield temporary
+        fault_point("atomic.before_fsync")
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        fault_point("atomic.before_rename")
         temporary.replace(path)
+        fault_point("atomic.after_rename")
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

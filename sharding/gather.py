@@ -20,6 +20,7 @@ import pyarrow as pa
 from imagecodecs import deflate_crc32
 
 from sharding.atomic import atomic_path, write_json
+from sharding.faults import fault_point
 from sharding.index import INDEX_SCHEMA, DatasetDamagedError, write_parquet
 from sharding.jpeg import NotCopyableError, TileHeader, end_of_scan, split
 from sharding.rows import NO_REGION, RAW, ROW, Rows
@@ -116,6 +117,7 @@ def write_shard(work: WorkFolder, job: GatherJob, rows: Rows, files: SourceFiles
     kept: list[Rows] = []
     with atomic_path(work.shard(name, "tar")) as temporary, open(temporary, "wb", buffering=0) as file:
         for start in range(0, len(rows), _WINDOW_PATCHES):
+            fault_point("gather.window")
             window, payloads = files.read(rows[start : start + _WINDOW_PATCHES], damaged)
             headers = tar_headers(keys_of(window["sample_id"]), window["length"].astype(np.uint64))
             write_members(file.fileno(), headers, payloads)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sharding.atomic import atomic_path, write_json
 from sharding.encode import encode_patch, read_patch
+from sharding.faults import fault_point
 from sharding.index import FLAG_PARTIAL_REGION
 from sharding.plan import ShardOptions, SlidePlan, load_plan, plan_digest, plan_slide, save_plan
 from sharding.qc import qc_picture
@@ -324,8 +325,10 @@ class _Stager:
         """Decode each tile strictly and note its place, crc32 and flags; returns the patches that are no copy."""
         rows, level = self.rows, self.plan.geometry.level
         heads: dict[bytes, int] = {}
-        left = []
+        places: list[tuple[int, int, int, int]] = []
+        copied, left = [], []
         for i, (column, row) in enumerate(zip(rows["col"].tolist(), rows["row"].tolist(), strict=True)):
+            fault_point("stage.patch")
             try:
                 tile = self.slide.copy_tile(level, column, row)
             except DamagedTileError as error:
@@ -334,15 +337,11 @@ class _Stager:
             if tile is None:
                 left.append(i)
                 continue
+            copied.append(i)
             head = heads.setdefault(tile.head, len(heads))
-            for name, value in (
-                ("head", head),
-                ("offset", tile.offset),
-                ("length", tile.length),
-                ("crc32", zlib.crc32(tile.stream)),
-            ):
-                rows[name][i] = value
+            places.append((head, tile.offset, tile.length, zlib.crc32(tile.stream)))
             self._flag(i, tile.pixels)
+        self._place(copied, places)
         self._add("copy", self.job.path, self.identity, heads=[head.hex() for head in heads])
         return np.array(left, np.intp)
 
@@ -374,10 +373,12 @@ class _Stager:
         window_x, window_y = (axis.tolist() for axis in self.plan.windows())
         payloads = self.job.work.payloads(self.job.name)
         rows["source"][patches] = len(self.sources)
-        rows["head"][patches] = 0
+        places: list[tuple[int, int, int, int]] = []
+        stored = []
         offset = 0
         with atomic_path(payloads) as temporary, open(temporary, "wb") as file:
             for i in patches.tolist():
+                fault_point("stage.patch")
                 try:
                     pixels = read_patch(self.slide, self.plan.geometry, window_x[i], window_y[i])
                 except DamagedTileError as error:
@@ -385,10 +386,16 @@ class _Stager:
                     continue
                 payload = encode_patch(pixels, options.quality)
                 file.write(payload)
-                rows["offset"][i], rows["length"][i], rows["crc32"][i] = offset, len(payload), zlib.crc32(payload)
+                stored.append(i)
+                places.append((0, offset, len(payload), zlib.crc32(payload)))
                 offset += len(payload)
                 self._flag(i, pixels)
+        self._place(stored, places)
         self._add("decode", "", (offset, 0))
+
+    def _place(self, patches: list[int], places: list[tuple[int, int, int, int]]) -> None:
+        for name, values in zip(("head", "offset", "length", "crc32"), zip(*places, strict=True), strict=False):
+            self.rows[name][patches] = values
 
     def finish(self) -> Staged:
         keep = np.ones(len(self.rows), bool)
