@@ -36,6 +36,7 @@ _VERSIONED = (
     "openslide-python",
     "openslide-bin",
     "simplejpeg",
+    "imagecodecs",
     "tifffile",
     "numpy",
     "scipy",

@@ -193,6 +193,23 @@ def test_the_jpeg_is_baseline_444_of_the_asked_quality_and_always_the_same() -> 
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), simplejpeg.decode_jpeg(data, strict=True))
 
 
+@pytest.mark.parametrize("quality", [50, 80, 90, 97])
+def test_optimised_huffman_tables_save_bytes_and_change_no_pixel(quality: int, slides: Any, decoded: Any) -> None:
+    patch = decoded(slides["plain"])[0][256:512, 256:512]
+    plain, optimised = encode_patch(patch, quality), encode_patch(patch, quality, optimize=True)
+    assert len(optimised) < len(plain)
+    assert optimised == encode_patch(patch, quality, optimize=True)
+    pixels = simplejpeg.decode_jpeg(plain, strict=True)
+    assert np.array_equal(simplejpeg.decode_jpeg(optimised, strict=True), pixels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(optimised))), pixels)
+    assert simplejpeg.decode_jpeg_header(optimised) == (256, 256, "YCbCr", "444")
+    assert b"\xff\xc0\x00\x11" in optimised
+    # Pillow's encoder is another use of libjpeg's accurate DCT.
+    with io.BytesIO() as file:
+        Image.fromarray(patch).save(file, "JPEG", quality=quality, subsampling=0)
+        assert np.array_equal(np.asarray(Image.open(file)), pixels)
+
+
 def test_a_view_that_is_not_contiguous_encodes_like_its_copy() -> None:
     picture = NOISE.astype(np.uint8)
     assert encode_patch(picture[10:74, 20:84], 80) == encode_patch(picture[10:74, 20:84].copy(), 80)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import tifffile
 
 from sharding.tiff_tiles import JpegTiles
@@ -71,8 +72,6 @@ def test_a_tile_that_claims_to_be_huge_costs_no_memory(
     slides: Any, damage_tile: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """65280 x 65280 px are 12 GB: the header has to be looked at before anything is decoded."""
-    import simplejpeg
-
     tiles = opened(damage_tile(slides["plain"], tmp_path / "bad.svs", 0, 1, 2, "claims 65280 px"))
 
     def refuse(*args: Any, **options: Any) -> None:
@@ -105,6 +104,39 @@ def test_levels_are_matched_by_their_size_in_the_readers_order(slides: Any) -> N
     assert len(list(tiles.covering(0, 0, 0, 256, 256))) == 1
     assert tiles.defect(0, 0, 0) == ""
     assert "missing" in tiles.defect(0, 0, 1)
+    tiles.close()
+
+
+def test_overlapping_windows_in_raster_order_decode_each_tile_once(
+    slides: Any, decoded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, sizes = simplejpeg.decode_jpeg, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        pixels = decode(*args, **options)
+        sizes.append(pixels.shape)
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    picture = decoded(slides["rgb"])[0]
+    windows = [(x, y) for y in range(0, 1024 - 320, 224) for x in range(0, 1024 - 320, 224)]
+    tiles = opened(slides["rgb"])
+    for x, y in windows:
+        assert np.array_equal(tiles.read(0, x, y, x + 320, y + 320), picture[y : y + 320, x : x + 320])
+    assert sizes == [(240, 240, 3)] * 16
+    sizes.clear()
+    for x, y in windows:
+        assert tiles.read(0, x, y, x + 320, y + 320, factor=4).shape == (80, 80, 3)
+    assert sizes == [(60, 60, 3)] * 16
+    tiles.close()
+    # A cache of three tiles forgets, and is right all the same.
+    sizes.clear()
+    monkeypatch.setattr("sharding.tiff_tiles._CACHE_BYTES", 3 * 240 * 240 * 3)
+    tiles = opened(slides["rgb"])
+    for x, y in windows:
+        assert np.array_equal(tiles.read(0, x, y, x + 320, y + 320), picture[y : y + 320, x : x + 320])
+        assert len(tiles._decoded) <= 3
+    assert len(sizes) > 16
     tiles.close()
 
 
