@@ -23,7 +23,7 @@ def main() -> None:
     cores = _pin()
     with own_stdout() as output:
         try:
-            answer = {"cases": _run(request, cores)}
+            answer: dict[str, Any] = {"cases": _run(request, cores)}
         except Exception as error:
             found = sentence(error)
             if found is None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RESULTS = Path("benchmarks/results")
 BENCHES = ("shard",)
 _WIDTH = 120
+_SHOWN_RUNS = 10
 
 
 def run(
@@ -146,7 +147,8 @@ def _commit() -> str | None:
 def compare(results: Path = RESULTS, bench: str = "shard") -> dict[str, Any]:
     """The history of a bench as ratios, each hardware by itself.
 
-    Returns {bench, results, hardware: [{slug, runs: [{date, commit, engine}], cases: [{name, against, values, change}]}]}.
+    Returns {bench, results, hardware: [{slug, runs: [{date, commit, engine}],
+    cases: [{name, against, values, change}]}]}.
     `against` is a peer, or the unit of a case that has none; `values` has one entry per run, None where it was not
     measured. `change` is the last value over the median of those before it, less 1; None for a first one.
 
@@ -194,16 +196,14 @@ def describe(result: dict[str, Any]) -> str:
     from rich.table import Table
 
     machine = result["hardware"]
-    title = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}"
-    table = Table(title=title, title_justify="left")
-    for column in ("case", "value", "ratio to", "median", "min .. max"):
-        table.add_column(column, justify="left" if column in ("case", "ratio to") else "right")
+    table = Table("case", "rounds", "value", "min .. max", "ratio to", "median", "min .. max")
     for case in result["cases"]:
         spread = case["spread"]
-        table.add_row(case["name"], f"{case['value']:.4g} {case['unit']}", "", "", _range(spread["value"]))
+        table.add_row(case["name"], str(case["rounds"]), f"{case['value']:.4g} {case['unit']}", _range(spread["value"]))
         for peer, ratio in case["ratio_to"].items():
-            table.add_row("", "", peer, f"{ratio:.4g}", _range(spread[peer]))
-    return _text(table) + f"appended to {result['file']}"
+            table.add_row("", "", "", "", peer, f"{ratio:.4g}", _range(spread[peer]))
+    where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}"
+    return f"{where}\n{_text(table)}appended to {result['file']}"
 
 
 def describe_history(result: dict[str, Any]) -> str:
@@ -213,18 +213,12 @@ def describe_history(result: dict[str, Any]) -> str:
     tables = []
     for machine in result["hardware"]:
         runs = machine["runs"]
-        table = Table(
-            title=f"{machine['slug']}: {len(runs)} runs, the last of {runs[-1]['date']}", title_justify="left"
-        )
-        table.add_column("case")
-        table.add_column("ratio to")
-        table.add_column("oldest to newest")
-        table.add_column("change", justify="right")
+        table = Table("case", "ratio to", "oldest to newest", "change of the newest")
         for case in machine["cases"]:
-            values = "  ".join("-" if value is None else f"{value:.4g}" for value in case["values"])
+            values = "  ".join("-" if value is None else f"{value:.4g}" for value in case["values"][-_SHOWN_RUNS:])
             change = "" if case["change"] is None else f"{case['change']:+.1%}"
             table.add_row(case["name"], case["against"], values, change)
-        tables.append(_text(table))
+        tables.append(f"{machine['slug']}: {len(runs)} runs, the newest of {runs[-1]['date']}\n{_text(table)}")
     return "\n".join(tables).rstrip("\n")
 
 
