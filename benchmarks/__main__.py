@@ -1,0 +1,61 @@
+"""`python -P -m benchmarks REQUEST`: run cases in a process of its own, pinned to one core from its start.
+
+The request and the answer are JSON objects (`engine.bench` sends and takes them); only the answer goes to stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.console import own_stdout, progress
+from engine.errors import sentence
+from engine.runtime import die_with_parent
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    die_with_parent(request["parent"])
+    cores = _pin()
+    with own_stdout() as output:
+        try:
+            answer: dict[str, Any] = {"cases": _run(request, cores)}
+        except Exception as error:
+            found = sentence(error)
+            if found is None:
+                raise
+            answer = {"error": found[0], "usage": found[1]}
+        output.json(answer)
+
+
+def _pin() -> frozenset[int]:
+    """Bind this process to the last of its cores; returns those it had. Threads of libraries to come inherit it."""
+    if not hasattr(os, "sched_setaffinity"):
+        return frozenset(range(os.cpu_count() or 1))
+    cores = frozenset(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {max(cores)})
+    return cores
+
+
+def _run(request: dict[str, Any], cores: frozenset[int]) -> list[dict[str, Any]]:
+    from benchmarks.harness import Setting
+
+    known = importlib.import_module(f"benchmarks.{request['bench']}").CASES
+    names = request["cases"] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no case {unknown[0]!r}; known: {', '.join(known)}.")
+    setting = Setting(Path(request["work"]), request["rounds"], request["quick"], cores)
+    cases = []
+    with progress(f"bench {request['bench']}", len(names), "cases") as advance:
+        for name in names:
+            cases.append({"name": name, **known[name](setting)})
+            advance(1, name)
+    return cases
+
+
+if __name__ == "__main__":
+    main()
