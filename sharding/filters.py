@@ -8,8 +8,6 @@ import numpy.typing as npt
 from sharding.slide import Pixels
 
 # Bits of the index's column `flags`.
-FLAG_WHITE = 2
-FLAG_BLURRED = 4
 
 _ROW_STEP = 16
 _NEAR_WHITE = 215
