@@ -1,7 +1,7 @@
 """`engine bench shard`: slides to shards beside the usual ways, and how our own work scales.
 
-Timed is the way from open slides and a plan to a committed shard, with checksums, idx and Parquet, on one core with the
-slides in the page cache; fsync is counted apart. A peer is given a part of the patches, since it needs many times as long.
+Timed is the way from a plan to committed shards, with checksums, idx and Parquet, on one core with the slides in the
+page cache; fsync is counted apart. A peer is given a part of the patches, since it needs many times as long.
 """
 
 from __future__ import annotations
