@@ -1,7 +1,7 @@
 """`engine bench shard`: slides to shards beside the usual ways, and how our own work scales.
 
 Timed is the way from a plan to committed shards, with checksums, idx and Parquet, on one core with the slides in the
-page cache; fsync is counted apart. A peer is given a part of the patches, since it needs many times as long.
+page cache; fsync is counted apart. A peer is given a part of the patches: it needs many times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.harness import OURS, Run, Setting, against_peers, alone, every_core, play, turns
+from benchmarks.harness import OURS, Case, Run, Setting, against_peers, alone, every_core, play, turns
 from benchmarks.ours import Ours, Patch
 from benchmarks.slides import SlideSet, painted
 from engine.cluster import Crash, fan_out
@@ -133,7 +133,7 @@ def _timed(job: _Job) -> tuple[int, float]:
     return patches, time.monotonic()
 
 
-CASES: dict[str, Callable[[Setting], dict[str, Any]]] = {
+CASES: dict[str, Case] = {
     "copy_420": partial(_rates, slides="chroma_420", floor=True, checked=False),
     "copy_444": partial(_rates, slides="chroma_444", floor=True, checked=False),
     "copy_420_checked": partial(_rates, slides="chroma_420", floor=True),

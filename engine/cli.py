@@ -211,9 +211,7 @@ def bench_shard(
     cases: Annotated[str, typer.Option(help="case,case,... ; all by default")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="rounds of each case; each value is their median")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="small slides, to see that everything runs")] = False,
-    work: Annotated[
-        Path | None, typer.Option(help="folder for painted slides; else a temporary one")
-    ] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for painted slides; else a temporary one")] = None,
     results: Results = Path("benchmarks/results"),
     json: Json = False,
 ) -> None:

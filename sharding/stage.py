@@ -24,6 +24,7 @@ from sharding.encode import encode_patch, read_patch
 from sharding.faults import fault_point
 from sharding.filters import patch_flags
 from sharding.index import FLAG_PARTIAL_REGION
+from sharding.md5 import md5_of
 from sharding.plan import ShardOptions, SlidePlan, load_plan, plan_digest, plan_slide, save_plan
 from sharding.qc import qc_picture
 from sharding.rows import NO_REGION, Rows
@@ -240,9 +241,7 @@ def _stage(job: SlideJob, started: float) -> SlideRecord:
 def _check_md5(job: SlideJob) -> None:
     if job.md5 is None:
         return
-    from sharding.md5 import md5_of
-
-    found = md5_of(Path(job.path))
+    found = md5_of(job.path)
     if found != job.md5:
         raise SlideError(f"its MD5 is {found}, the manifest says {job.md5}: the file is damaged or another one")
 
