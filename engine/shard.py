@@ -278,7 +278,7 @@ def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tupl
             str(out),
             options,
             md5.get(slide.slide_id),
-            plans and str(plans),
+            None if plans is None else str(plans),
         )
         for slide, mark in zip(slides, _fingerprints(slides), strict=True)
     ]
