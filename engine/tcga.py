@@ -32,7 +32,7 @@ SAMPLE_TYPES = {
 # Each part needs those before it; behind the last one stands the end, or anything that is no part of a barcode.
 _BARCODE = re.compile(
     r"(TCGA)-([A-Z0-9]{2})-([A-Z0-9]{4})(?:-(\d{2})([A-Z])?(?:-(\d{2})(?:-([A-Z]{2}[A-Z0-9]{1,2}))?)?)?(?![A-Z0-9-])",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -40,8 +40,8 @@ _BARCODE = re.compile(
 class Barcode:
     """A barcode's parts, in capitals; what it does not go as far as is None.
 
-    `TCGA-02-0001-01A-02-TS1`: project TCGA, tissue_source_site 02, participant 0001, sample_type_code 01, vial A, portion 02, slide
-    TS1 (TS: top, MS: middle, BS: bottom of a frozen portion; DX: diagnostic, in paraffin).
+    `TCGA-02-0001-01A-02-TS1`: project TCGA, tissue_source_site 02, participant 0001, sample_type_code 01, vial A,
+    portion 02, slide TS1 (TS: top, MS: middle, BS: bottom of a frozen portion; DX: diagnostic, in paraffin).
     """
 
     project: str

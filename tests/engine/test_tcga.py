@@ -49,6 +49,7 @@ def test_a_barcode_is_taken_apart(name: str, parts: tuple[str | None, ...], labe
         "TCGA-06-0124-foo",
         "TCGA-06-0124-01Z-00-DX1-copy",
         "TCGA_06_0124",
+        "TCGA-06-0124-\u0660\u0661A-01-TS1",  # digits, but not ours
     ],
 )
 def test_what_is_no_barcode_is_none(name: str) -> None:
