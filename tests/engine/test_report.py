@@ -216,7 +216,8 @@ def test_the_index_is_summed_in_batches(dataset: Path, tmp_path: Path, monkeypat
     assert parts.text == whole.text
 
 
-def test_memory_does_not_grow_with_the_index(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_BATCH_ROWS", 1 << 13)
     names = ("slide_id", "mpp", "tissue_fraction", "flags", "route")
     schema = pa.schema([INDEX_SCHEMA.field(name) for name in names])
     share = np.random.default_rng(0).random(1 << 14, np.float32)
