@@ -28,7 +28,7 @@ from PIL import Image
 from engine import report, shard
 from engine.recipes import ShardRecipe
 from engine.synth import run as synth
-from sharding.index import DatasetDamagedError
+from sharding.index import INDEX_SCHEMA, DatasetDamagedError
 from sharding.qc import qc_name
 from sharding.verify import verify_dataset
 
@@ -214,6 +214,32 @@ def test_the_index_is_summed_in_batches(dataset: Path, tmp_path: Path, monkeypat
     whole, parts = Page(tmp_path / "whole.html"), Page(tmp_path / "parts.html")
     assert parts.rows == whole.rows
     assert parts.text == whole.text
+
+
+def test_memory_does_not_grow_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_BATCH_ROWS", 1 << 13)
+    names = ("slide_id", "mpp", "tissue_fraction", "flags", "route")
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in names])
+    share = np.random.default_rng(0).random(1 << 14, np.float32)
+    rows = len(share)
+    columns = [["a"] * rows, np.full(rows, 0.5), share, np.zeros(rows, np.uint32), ["copy"] * rows]
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    peaks = []
+    for groups in (4, 64):
+        with pq.ParquetWriter(tmp_path / "index.parquet", schema) as writer:
+            for _ in range(groups):
+                writer.write_table(table)
+        usual = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(pool)
+        try:
+            sums = report._read_index(tmp_path / "index.parquet", ["a"])
+        finally:
+            pa.set_memory_pool(usual)
+        assert sums.routes["copy"].tolist() == [groups * rows]
+        assert sums.tissue[0] == pytest.approx(groups * share.sum(dtype=np.float64))
+        peaks.append(pool.max_memory())
+    assert 0 < peaks[1] < 1.5 * peaks[0]
 
 
 def test_the_page_is_a_function_of_the_dataset(dataset: Path, tmp_path: Path) -> None:
