@@ -100,10 +100,13 @@ class _Log:
 def run(dataset: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the page to `out` (DATASET/report.html where None), atomically: {"report", "slides", "bytes"}.
 
-    Raises ValueError where there is no finished dataset, DatasetDamagedError where its lists contradict each other.
+    Raises ValueError where there is no finished dataset or no folder for the page, DatasetDamagedError where the
+    dataset's lists are damaged or contradict each other.
     """
     meta = read_meta(dataset)
     out = dataset / "report.html" if out is None else out
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"out={out}: expected a file in a folder that exists.")
     with _intact(dataset / "slides.parquet") as path:
         slides, further = _read_slides(path)
     with _intact(dataset / "index.parquet") as path:
@@ -116,7 +119,7 @@ def run(dataset: Path, out: Path | None = None) -> dict[str, Any]:
     log = _read_log(dataset / "log.jsonl")
     _complete(slides, sums, log, meta["recipe"].get("stride_px"))
     listed = _chosen(slides, _MAX_LISTED)
-    reduced = _add_pictures(_chosen(listed, _MAX_PICTURES), dataset / "qc")
+    reduced = _add_pictures(listed, dataset / "qc")
 
     folder = files("engine") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
@@ -286,9 +289,11 @@ def _spaced(slides: list[_Slide], most: int) -> list[_Slide]:
 
 def _add_pictures(slides: list[_Slide], folder: Path) -> bool:
     """Inline the pictures that are there: as they are, or reduced (True) where all of them together are too large."""
-    found = [(slide, path) for slide in slides if (path := folder / qc_name(slide.slide_id)).is_file()]
-    reduce = sum(path.stat().st_size for _, path in found) > _MAX_PICTURES_BYTES
-    for slide, path in found:
+    paths = {slide.slide_id: folder / qc_name(slide.slide_id) for slide in slides}
+    pictured = _chosen([slide for slide in slides if paths[slide.slide_id].is_file()], _MAX_PICTURES)
+    reduce = sum(paths[slide.slide_id].stat().st_size for slide in pictured) > _MAX_PICTURES_BYTES
+    for slide in pictured:
+        path = paths[slide.slide_id]
         data = _reduced(path) if reduce else path.read_bytes()
         slide.picture = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
     return reduce

@@ -391,8 +391,9 @@ def test_pictures_are_inlined_as_they_are_while_they_are_small_together(
     reduced = pictures()
     assert [Image.open(io.BytesIO(data)).size for data in reduced] == [(288, 192), (192, 288)]
     assert "2 have a picture here, reduced; qc/ holds them in full." in Page(tmp_path / "page.html").text
-    monkeypatch.setattr(report, "_MAX_PICTURES", 2)
-    assert len(pictures()) == 1  # of the first two slides, one has a picture
+    monkeypatch.setattr(report, "_MAX_PICTURES", 1)
+    assert len(pictures()) == 1
+    assert "1 have a picture here." in Page(tmp_path / "page.html").text
 
 
 # --- the log
@@ -429,6 +430,12 @@ def test_without_a_log_the_page_says_so(dataset: Path, tmp_path: Path) -> None:
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no dataset\.json"):
         report.run(tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "absent/page.html"])
+def test_a_page_needs_a_folder_and_a_name(dataset: Path, tmp_path: Path, out: str) -> None:
+    with pytest.raises(ValueError, match="expected a file in a folder that exists"):
+        report.run(dataset, tmp_path / out)
 
 
 @pytest.mark.parametrize("name", ["slides.parquet", "index.parquet"])
