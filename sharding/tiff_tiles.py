@@ -32,8 +32,7 @@ from sharding.tile_codecs import (
 Pixels = npt.NDArray[np.uint8]
 Codec = Literal["libjpeg", "openjpeg", "lzw", "deflate"]
 
-# Decoded tiles that are kept: three rows of tiles of a slide of 130,000 px. A patch larger than a tile can lie on three
-# rows, and the next row of patches meets the last two of them again.
+# Decoded tiles that are kept at most: four rows of tiles of a slide of 100,000 px.
 _CACHE_BYTES = 300 << 20
 _MAX_PAGES = 1000
 _MAX_TILE_PX = 1 << 26  # 8192 x 8192; beyond it a hostile header asks for more memory than there is
@@ -201,6 +200,9 @@ class TiffTiles:
         if (x2 - x1, y2 - y1, len(columns), len(rows)) == (width, height, 1, 1):
             # One whole tile: neither copied nor kept, for a grid that asks for whole tiles asks for each of them once.
             return self._decode(level, columns[0], rows[0], factor)
+        # The next row of windows meets all but the first of these rows of tiles again. No more is kept than that and
+        # the row that is being filled: memory that goes round is faster than new memory.
+        keep_bytes = min(_CACHE_BYTES, (len(rows) + 1) * page.columns * width * height * 3)
         pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
         for row in rows:
             top = row * height
@@ -208,11 +210,11 @@ class TiffTiles:
             for column in columns:
                 left = column * width
                 xa, xb = max(x1, left), min(x2, left + width)
-                tile = self._tile(level, column, row, factor)
+                tile = self._tile(level, column, row, factor, keep_bytes)
                 pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
         return pixels
 
-    def _tile(self, level: int, column: int, row: int, factor: int) -> Pixels:
+    def _tile(self, level: int, column: int, row: int, factor: int, keep_bytes: int) -> Pixels:
         """A tile at 1/factor of its size, from the cache where it is there. Not to be written to."""
         key = (level, column, row, factor)
         pixels = self._decoded.get(key)
@@ -221,7 +223,7 @@ class TiffTiles:
             return pixels
         pixels = self._decoded[key] = self._decode(level, column, row, factor)
         self._decoded_bytes += pixels.nbytes
-        while self._decoded_bytes > _CACHE_BYTES:
+        while self._decoded_bytes > keep_bytes:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return pixels
 
