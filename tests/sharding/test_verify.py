@@ -192,9 +192,9 @@ def test_an_index_of_another_dataset_is_found(
 def test_a_payload_that_does_not_decode_is_found_even_if_its_checksums_are_right(
     tmp_path: Path, slides: Any, make_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sharding import slide_job
+    from sharding import stage
 
-    encode, count = slide_job.encode_patch, 0
+    encode, count = stage.encode_patch, 0
 
     def sometimes_cut(pixels: Any, quality: int) -> bytes:
         nonlocal count
@@ -202,7 +202,7 @@ def test_a_payload_that_does_not_decode_is_found_even_if_its_checksums_are_right
         data = encode(pixels, quality)
         return data[: len(data) // 2] if count == 3 else data
 
-    monkeypatch.setattr(slide_job, "encode_patch", sometimes_cut)
+    monkeypatch.setattr(stage, "encode_patch", sometimes_cut)
     make_dataset(tmp_path / "d", {"first": slides["single"]})
     result = verify_dataset(tmp_path / "d")
     assert len(result["bad"]) == 1
