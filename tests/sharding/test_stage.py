@@ -17,6 +17,7 @@ import simplejpeg
 import tifffile
 
 from sharding import stage
+from sharding.encode import encode_patch
 from sharding.estimate import estimate_slide
 from sharding.index import FLAG_OUTSIDE
 from sharding.rows import RAW
@@ -41,7 +42,7 @@ def test_every_stored_patch_is_the_jpeg_of_the_slides_own_pixels(
     assert len(found) == record.patches > 20
     for (row, col), payload in found.items():
         own = np.ascontiguousarray(picture[row * 128 : row * 128 + 128, col * 128 : col * 128 + 128])
-        assert payload == simplejpeg.encode_jpeg(own, 85, "RGB", "444")
+        assert payload == encode_patch(own, 85)
 
 
 def test_columns_say_where_a_patch_lies_and_how_it_was_read(
@@ -228,10 +229,10 @@ def test_without_spacing_a_slide_is_quarantined_unless_native_or_stated(
     ],
 )
 def test_a_slide_that_cannot_be_used_becomes_a_record_with_its_reason(
-    options: dict[str, Any], reason: str, slides: Any, make_job: MakeJob, run_slide: Any, tmp_path: Path
+    options: dict[str, Any], reason: str, slides: Any, make_job: MakeJob, tmp_path: Path
 ) -> None:
     job = make_job(slides["plain"], tmp_path, **options)
-    record = run_slide(job)
+    record = stage_slide(job)
     assert record.status == "quarantined"
     assert reason in record.reason
     assert estimate_slide(job).reason == record.reason
