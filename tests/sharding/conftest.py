@@ -204,7 +204,10 @@ def gather_group(group: Group, records: dict[str, SlideRecord]) -> list[GatherRe
     ]
 
 
-def shard_slides(jobs: Sequence[SlideJob]) -> tuple[list[SlideRecord], list[ShardRecord], dict[str, list[Any]]]:
+Sharded = tuple[list[SlideRecord], list[ShardRecord], dict[str, list[Any]]]
+
+
+def _shard_slides(jobs: Sequence[SlideJob]) -> Sharded:
     """Stage, permute and gather slides: (a record per job, the shards, GatherResult's `damaged` of all shards)."""
     records = {job.name: job.run() for job in jobs}
     shards: list[ShardRecord] = []
@@ -219,6 +222,12 @@ def shard_slides(jobs: Sequence[SlideJob]) -> tuple[list[SlideRecord], list[Shar
     return [records[job.name] for job in jobs], shards, damaged
 
 
+@pytest.fixture(scope="session")
+def shard_slides() -> Callable[[Sequence[SlideJob]], Sharded]:
+    """All the work on some slides, in this process and without an end: the work folder stays as it is."""
+    return _shard_slides
+
+
 @dataclass(frozen=True)
 class SlideRun(SlideRecord):
     """What became of one slide that was sharded by itself. `damaged` are the patches that gathering rejected."""
@@ -229,10 +238,10 @@ class SlideRun(SlideRecord):
 
 @pytest.fixture(scope="session")
 def run_slide() -> Callable[[SlideJob], SlideRun]:
-    """Do all the work on one slide, in this process and without an end: the work folder stays as it is."""
+    """The same for one slide by itself."""
 
     def run(job: SlideJob) -> SlideRun:
-        (record,), shards, damaged = shard_slides([job])
+        (record,), shards, damaged = _shard_slides([job])
         return SlideRun(**asdict(record), shards=shards, damaged=damaged)
 
     return run
@@ -279,7 +288,7 @@ def make_dataset(make_job: Callable[..., SlideJob]) -> Callable[..., list[SlideR
 
     def make(dataset: Path, listed: dict[str, Path], **options: Any) -> list[SlideRecord]:
         jobs = [make_job(path, dataset, slide_id=slide_id, **options) for slide_id, path in listed.items()]
-        records, shards, _ = shard_slides(jobs)
+        records, shards, _ = _shard_slides(jobs)
         finish_dataset(dataset, jobs[0].options, records, shards, {})
         shutil.rmtree(WorkFolder(dataset).path)
         return records
