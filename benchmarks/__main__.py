@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.console import own_stdout, progress
+from engine.console import own_stdout
 from engine.errors import sentence
 from engine.runtime import die_with_parent
 
@@ -42,19 +42,11 @@ def _pin() -> frozenset[int]:
 
 
 def _run(request: dict[str, Any], cores: frozenset[int]) -> list[dict[str, Any]]:
-    from benchmarks.harness import Setting
+    from benchmarks.harness import Setting, run_cases
 
     known = importlib.import_module(f"benchmarks.{request['bench']}").CASES
-    names = request["cases"] or list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"there is no case {unknown[0]!r}; known: {', '.join(known)}.")
     setting = Setting(Path(request["work"]), request["rounds"], request["quick"], cores)
-    cases = []
-    with progress(f"bench {request['bench']}", len(names), "cases") as advance:
-        for name in names:
-            cases.append({"name": name, **known[name](setting)})
-            advance(1, name)
-    return cases
+    return run_cases(request["bench"], known, request["cases"], setting)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from engine.console import progress
+
 OURS = "ours"
 
+Case = Callable[["Setting"], dict[str, Any]]
 # Does a contender's work once: writes below an empty folder, returns how many units (patches, slides) it did.
 Run = Callable[[Path], int]
 
@@ -34,11 +37,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run of one contender; `seconds` is its time without `fsync_s`, the time that os.fsync took."""
+    """One run of one contender; `seconds` is its time without `fsync_s`, the time that os.fsync took.
+
+    `cpu_s` is the processor time of this process: far below `seconds` where others took the core.
+    """
 
     units: int
     seconds: float
     fsync_s: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -75,6 +82,22 @@ class FsyncClock:
         return timed
 
 
+def run_cases(bench: str, known: Mapping[str, Case], names: Sequence[str], setting: Setting) -> list[dict[str, Any]]:
+    """[{name, value, unit, ratio_to, spread, rounds, ...}] of the named cases, of all where none is named.
+
+    Raises ValueError where there is no such case.
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no case {unknown[0]!r}; known: {', '.join(known)}.")
+    names = names or list(known)
+    results = []
+    with progress(f"bench {bench}", len(names), "cases") as advance:
+        for name in names:
+            results.append({"name": name, **known[name](setting)})
+            advance(1, name)
+    return results
+
+
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     """The order of each round: everyone once, and everyone first in turn."""
     for number in range(rounds):
@@ -96,16 +119,19 @@ def _once(run: Run, out: Path) -> Round:
     clock = FsyncClock()
     try:
         with clock.counting():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             units = run(out)
-            seconds = time.perf_counter() - started
+            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     finally:
         shutil.rmtree(out)
-    return Round(units, seconds - clock.seconds, clock.seconds)
+    return Round(units, seconds - clock.seconds, clock.seconds, cpu_s)
 
 
 def against_peers(played: Mapping[str, Sequence[Round]], unit: str) -> dict[str, Any]:
-    """Our rate and its ratio to every peer's: medians over the rounds, with [min, max] as `spread`."""
+    """Our rate and its ratio to every peer's: medians over the rounds, with [min, max] as `spread`.
+
+    `cpu_share` tells how quiet the machine was: near 1 where the core was ours alone.
+    """
     ours = played[OURS]
     ratios = {
         name: [mine.rate / theirs.rate for mine, theirs in zip(ours, rounds, strict=True)]
@@ -122,6 +148,7 @@ def against_peers(played: Mapping[str, Sequence[Round]], unit: str) -> dict[str,
         "rates": {name: median(one.rate for one in rounds) for name, rounds in played.items()},
         "units_per_round": {name: rounds[0].units for name, rounds in played.items()},
         "fsync_s": {name: median(one.fsync_s for one in rounds) for name, rounds in played.items()},
+        "cpu_share": {name: median(one.cpu_s / one.seconds for one in rounds) for name, rounds in played.items()},
     }
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.recipes import ShardRecipe
-from sharding.plan import ShardOptions, SlidePlan, plan_slide
+from sharding.atomic import write_json
+from sharding.gather import GatherJob
+from sharding.permute import Member, PermuteJob
+from sharding.plan import SlidePlan, plan_slide
 from sharding.slide import fingerprint, open_slide
-from sharding.slide_job import WORK, SlideJob, run_slide
+from sharding.stage import SlideJob, Staged, stage_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,53 +31,72 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Slides to committed shards by our engine. A value that can be sent to another process.
+    """Slides to committed shards by our engine, from their plans on. A value that can be sent to another process."""
 
-    `checked`: copied tiles are decoded strictly. The engine of today always does.
-    """
-
-    slides: tuple[Path, ...]
-    fingerprints: tuple[str, ...]
-    options: ShardOptions
-    checked: bool
+    jobs: tuple[SlideJob, ...]
+    plans: tuple[SlidePlan, ...]
 
     @classmethod
-    def prepare(cls, slides: Sequence[Path], *, checked: bool = True, **keys: Any) -> Ours:
-        """All that is not timed. `keys` are those of a shard recipe."""
+    def prepare(cls, slides: Sequence[Path], **keys: Any) -> Ours:
+        """All that is not timed: the slides' plans. `keys` are those of a shard recipe."""
         options = ShardRecipe(slides="painted", out=Path("out"), **keys).options()
-        return cls(tuple(slides), tuple(fingerprint(slide) for slide in slides), options, checked)
+        jobs = tuple(
+            SlideJob(f"slide-{number}", str(path), fingerprint(path), None, "", options)
+            for number, path in enumerate(slides)
+        )
+        return cls(jobs, tuple(_plan(job) for job in jobs))
 
     def patches(self) -> list[Patch]:
         """What `run` stores, slide by slide in raster order: the work that a peer is given too."""
         found = []
-        for path, mark in zip(self.slides, self.fingerprints, strict=True):
-            plan = self._plan(path, mark)
+        for job, plan in zip(self.jobs, self.plans, strict=True):
             assert plan.geometry.level == 0
             size, scale = plan.geometry.read_px, round(plan.geometry.scale)
-            found += [
-                Patch(path, x0, y0, size, scale)
-                for x0, y0 in zip(plan.cells.x0.tolist(), plan.cells.y0.tolist(), strict=True)
-            ]
+            places = zip(plan.rows["x0"].tolist(), plan.rows["y0"].tolist(), strict=True)
+            found += [Patch(Path(job.path), x0, y0, size, scale) for x0, y0 in places]
         return found
 
     def plan(self) -> int:
         """Open and plan every slide; returns how many."""
-        for path, mark in zip(self.slides, self.fingerprints, strict=True):
-            self._plan(path, mark)
-        return len(self.slides)
+        for job in self.jobs:
+            _plan(job)
+        return len(self.jobs)
 
     def run(self, out: Path) -> int:
-        """Store every patch in committed shards below `out`; returns how many. RuntimeError where one is missing."""
-        for folder in ("shards", WORK):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        patches = 0
-        for number, (path, mark) in enumerate(zip(self.slides, self.fingerprints, strict=True)):
-            record = run_slide(SlideJob(f"slide-{number}", str(path), mark, None, str(out), self.options))
-            if record.reason:
-                raise RuntimeError(f"{path}: {record.reason}; a painted slide has no damage, so nothing was measured")
-            patches += record.patches
-        return patches
+        """Store every patch in committed shards below `out`; returns how many. RuntimeError where one is missing.
 
-    def _plan(self, path: Path, mark: str) -> SlidePlan:
-        with open_slide(path, self.options.reader) as slide:
-            return plan_slide(slide, mark, self.options, mpp_override=None)
+        Each slide is opened anew: an open one keeps tiles that it has decoded.
+        """
+        members = []
+        for prepared, plan in zip(self.jobs, self.plans, strict=True):
+            job = replace(prepared, dataset=str(out))
+            for folder in job.work.folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            status = Path(job.path).stat()
+            with open_slide(Path(job.path), job.options.reader) as slide:
+                staged = stage_rows(job, slide, plan, (status.st_size, status.st_mtime_ns))
+            _no_damage(job.path, staged)
+            write_json(job.work.sources(job.name), [asdict(source) for source in staged.sources])
+            np.save(job.work.rows(job.name), staged.rows)
+            members.append(Member(job.name, job.path, len(staged.rows)))
+        options = self.jobs[0].options
+        permuted = PermuteJob(str(out), "group", tuple(members), options.seed, options.patches_per_shard).run()
+        stored = first = 0
+        for number, count in enumerate(permuted.counts):
+            shard = GatherJob(str(out), "group", permuted.digest, number, first, count).run().shard
+            stored += 0 if shard is None else shard.samples
+            first += count
+        if stored != sum(plan.num_patches for plan in self.plans):
+            raise RuntimeError("a painted slide has no damage, and patches are missing: nothing was measured")
+        return stored
+
+
+def _no_damage(path: str, staged: Staged) -> None:
+    if staged.damaged:
+        reason = next(iter(staged.damaged.values()))
+        raise RuntimeError(f"{path}: {reason}; a painted slide has no damage, so nothing was measured")
+
+
+def _plan(job: SlideJob) -> SlidePlan:
+    with open_slide(Path(job.path), job.options.reader) as slide:
+        return plan_slide(slide, job.fingerprint, job.options, mpp_override=None)

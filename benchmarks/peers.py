@@ -72,7 +72,7 @@ def cucim_simplejpeg(patches: Sequence[Patch], quality: int) -> Run:
                 if patch.scale > 1:
                     pixels = np.asarray(Image.fromarray(pixels).reduce(patch.scale))
                 payload = simplejpeg.encode_jpeg(pixels, quality, "RGB", "444")
-                file.write(tar_header(f"{number:016x}.jpg", len(payload)))
+                file.write(tar_header(f"{number:016x}", len(payload)))
                 file.write(payload)
                 file.write(b"\0" * (-len(payload) % _BLOCK))
             file.write(b"\0" * (2 * _BLOCK))

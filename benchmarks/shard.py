@@ -1,7 +1,7 @@
 """`engine bench shard`: slides to shards beside the usual ways, and how our own work scales.
 
-Timed is the way from open slides and a plan to a committed shard, with checksums, idx and Parquet, on one core with the
-slides in the page cache; fsync is counted apart. A peer is given a part of the patches, since it needs many times as long.
+Timed is the way from a plan to committed shards, with checksums, idx and Parquet, on one core with the slides in the
+page cache; fsync is counted apart. A peer is given a part of the patches: it needs many times as long.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.harness import OURS, Run, Setting, against_peers, alone, every_core, play, turns
+from benchmarks.harness import OURS, Case, Run, Setting, against_peers, alone, every_core, play, turns
 from benchmarks.ours import Ours, Patch
 from benchmarks.slides import SlideSet, painted
 from engine.cluster import Crash, fan_out
 
 QUALITY = 85
+# What no peer does is left out of the comparison.
+SAME_WORK = {"quality": QUALITY, "optimize_huffman": False, "patch_flags": False}
 # Patches per round of a peer: a few tenths of a second of work.
 _CUCIM_PATCHES, _OPENSLIDE_PATCHES = 768, 256
 _PARALLEL_ROUNDS = 3  # each starts processes or a cluster
@@ -39,7 +41,7 @@ def _rates(
     **keys: Any,
 ) -> dict[str, Any]:
     """Our rate beside the peers', on `count` slides of the set; `floor` adds sendfile; `keys` are the recipe's."""
-    ours = Ours.prepare(painted(setting, slides)[:count], checked=checked, quality=QUALITY, **keys)
+    ours = Ours.prepare(painted(setting, slides)[:count], check_tiles=checked, **SAME_WORK, **keys)
     patches = ours.patches()
     contenders: dict[str, Run] = {
         OURS: ours.run,
@@ -58,7 +60,7 @@ def _middle(patches: list[Patch], count: int) -> list[Patch]:
 
 
 def _plan(setting: Setting) -> dict[str, Any]:
-    ours = Ours.prepare(painted(setting, "large"), quality=QUALITY)
+    ours = Ours.prepare(painted(setting, "large"), **SAME_WORK)
     played = play({OURS: lambda _: ours.plan()}, setting)[OURS]
     return alone([1000 / one.rate for one in played], "ms/slide")
 
@@ -100,7 +102,7 @@ def _parallel_rate(setting: Setting, routes: str, *, workers: int, local: bool) 
 
     fsync is part of it: processes wait for the disk side by side.
     """
-    ours = Ours.prepare(painted(setting, "chroma_420")[:1], quality=QUALITY, routes=routes)
+    ours = Ours.prepare(painted(setting, "chroma_420")[:1], check_tiles=False, routes=routes, **SAME_WORK)
     with TemporaryDirectory(dir=setting.work) as folder, every_core(setting):
         barrier = Path(folder) / "barrier"
         barrier.mkdir()
@@ -131,7 +133,7 @@ def _timed(job: _Job) -> tuple[int, float]:
     return patches, time.monotonic()
 
 
-CASES: dict[str, Callable[[Setting], dict[str, Any]]] = {
+CASES: dict[str, Case] = {
     "copy_420": partial(_rates, slides="chroma_420", floor=True, checked=False),
     "copy_444": partial(_rates, slides="chroma_444", floor=True, checked=False),
     "copy_420_checked": partial(_rates, slides="chroma_420", floor=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.harness import Setting
+from benchmarks.harness import Setting, every_core
 from engine.synth import run as synth
 
 SlideSet = Literal["chroma_420", "chroma_444", "tile_240", "fine", "large"]
@@ -26,5 +26,6 @@ def painted(setting: Setting, name: SlideSet) -> list[Path]:
     folder = setting.work / ("slides-quick" if setting.quick else "slides") / name
     if not (folder / "labels.csv").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        synth(folder, seed=1, **(_SETS[name] | (_QUICK if setting.quick else {})))
+        with every_core(setting):
+            synth(folder, seed=1, **(_SETS[name] | (_QUICK if setting.quick else {})))
     return sorted(folder.glob("*.svs"))

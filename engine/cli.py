@@ -182,6 +182,68 @@ def verify(
     _finish(result, text, code, json)
 
 
+@app.command(epilog="Example: engine report dataset --out report.html")
+def report(
+    dataset: Annotated[Path, typer.Argument(help="a dataset written by `engine shard`")],
+    out: Annotated[Path | None, typer.Option(help="the page; DATASET/report.html by default")] = None,
+    json: Json = False,
+) -> None:
+    """Write one offline HTML page on a dataset: pictures, counts, spacings, failures, throughput, versions."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import report as verb
+
+        result = verb.run(dataset, out)
+        return result, verb.describe(result)
+
+    _finish(*_guard(work), json)
+
+
+bench = typer.Typer(
+    help="Throughput beside peers, measured in one run and kept.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench, name="bench")
+Results = Annotated[Path, typer.Option(help="folder that keeps the results of every run")]
+
+
+@bench.command(name="shard", epilog="Example: engine bench shard --cases copy_420,plan --work bench-work")
+def bench_shard(
+    cases: Annotated[str, typer.Option(help="case,case,... ; all by default")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of each case; each value is their median")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="small slides, to see that everything runs")] = False,
+    work: Annotated[Path | None, typer.Option(help="folder for painted slides; else a temporary one")] = None,
+    results: Results = Path("benchmarks/results"),
+    json: Json = False,
+) -> None:
+    """Slides to shards beside OpenSlide + PIL, cuCIM + simplejpeg and sendfile, on one core, as ratios."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from engine import bench as verb
+
+        names = [name.strip() for name in cases.split(",") if name.strip()]
+        result = verb.run("shard", cases=names, rounds=rounds, quick=quick, work=work, results=results)
+        return result, verb.describe(result)
+
+    _finish(*_guard(run), json)
+
+
+@bench.command(name="compare", epilog="Example: engine bench compare --bench shard")
+def bench_compare(
+    bench_name: Annotated[str, typer.Option("--bench", help="which benchmark's history")] = "shard",
+    results: Results = Path("benchmarks/results"),
+    json: Json = False,
+) -> None:
+    """The history of a benchmark as ratios, hardware by hardware."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from engine import bench as verb
+
+        result = verb.compare(results, bench_name)
+        return result, verb.describe_history(result)
+
+    _finish(*_guard(run), json)
+
+
 @app.command(epilog="Example: engine doctor")
 def doctor(json: Json = False) -> None:
     """Check this machine: versions, GPU, DALI, cuCIM, Ray, and a real read of a small slide by each reader."""

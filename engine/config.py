@@ -135,21 +135,27 @@ def build(recipe_class: type[RecipeT], values: dict[str, Any], *, prefix: str = 
     try:
         return recipe_class.model_validate(typed(recipe_class, values))
     except ValidationError as error:
-        sentences = [_sentence(recipe_class, item, prefix) for item in error.errors()]
-        raise UsageError(" ".join(dict.fromkeys(sentences))) from None
+        told: dict[str, list[str]] = {}
+        for item in error.errors():
+            subject, message = _complaint(recipe_class, item, prefix)
+            told.setdefault(subject, []).append(message)
+        # A key of several types gets a complaint from each of them.
+        sentences = [subject + "; or ".join(dict.fromkeys(messages)) for subject, messages in told.items()]
+        raise UsageError(" ".join(text if text.endswith((".", "?")) else f"{text}." for text in sentences)) from None
 
 
-def _sentence(recipe_class: type[BaseModel], item: Any, prefix: str) -> str:
+def _complaint(recipe_class: type[BaseModel], item: Any, prefix: str) -> tuple[str, str]:
+    """What is wrong, as (the key with its value, the reason); together they are a sentence."""
     # pydantic adds the name of a union's branch to the location; keys of the recipe are what a user knows.
     keys = [str(part) for part in item["loc"]]
     owner, known_keys = _descend(recipe_class, keys)
     name = prefix + ".".join(known_keys)
     if item["type"] == "extra_forbidden":
-        return f"unknown key {name!r}{nearest(known_keys[-1], list(owner.model_fields))}"
+        return f"unknown key {name!r}", nearest(known_keys[-1], list(owner.model_fields))
     if item["type"] == "missing":
-        return f"the key {name!r} is missing: give it as {name}=..."
+        return f"the key {name!r} is missing: ", f"give it as {name}=..."
     message = item["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{name}={item['input']}: {message}." if known_keys else f"{message}."
+    return (f"{name}={item['input']}: " if known_keys else ""), message
 
 
 def _descend(recipe_class: type[BaseModel], keys: list[str]) -> tuple[type[BaseModel], list[str]]:

@@ -19,9 +19,11 @@ from typing import Any
 from engine.cluster import Crash, fan_out
 from engine.config import UsageError, dump
 from engine.console import progress, say
+from engine.manifest import digests_of, read_manifest
 from engine.pipeline import Pipeline, run_job
 from engine.recipes import ShardRecipe
-from engine.slide_list import ListedSlide, absolute, list_slides
+from engine.slide_list import ListedSlide, absolute, list_slides, subset
+from engine.tcga import barcode_columns
 from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
 from sharding.estimate import Estimate, EstimateJob, not_planned
@@ -47,7 +49,7 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     """
     started = time.monotonic()
     out = recipe.out.expanduser().resolve()
-    slides = list_slides(recipe.slides)
+    slides = _slides(recipe)
     _check_place(out)
     recipe = recipe.model_copy(update={"out": out, "slides": absolute(recipe.slides)})
     if not (out / "dataset.json").is_file():
@@ -61,6 +63,28 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     say(f"{out} is finished already; nothing was written.")
     _note_changed_columns(out, slides)
     return _summary(out, meta, _failures(out), time.monotonic() - started)
+
+
+def _slides(recipe: ShardRecipe) -> list[ListedSlide]:
+    """The slides that the recipe asks for, with the columns that their names give."""
+    slides = list_slides(recipe.slides)
+    if recipe.subset is not None:
+        slides = subset(slides, recipe.subset, recipe.seed)
+    if recipe.barcodes == "tcga":
+        slides, unnamed = barcode_columns(slides)
+        if unnamed:
+            say(f"note: {len(unnamed)} of {len(slides)} slides have no TCGA barcode (the first is {unnamed[0]}).")
+    return slides
+
+
+def _md5(recipe: ShardRecipe, slides: Sequence[ListedSlide]) -> dict[str, str | None]:
+    if recipe.md5_manifest is None:
+        return {}
+    found = digests_of(slides, read_manifest(recipe.md5_manifest.expanduser()))
+    missing = [slide_id for slide_id, digest in found.items() if digest is None]
+    if missing:
+        say(f"note: {len(missing)} of {len(found)} slides are not in the manifest: not checked (first: {missing[0]}).")
+    return found
 
 
 def _make(
@@ -113,7 +137,7 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     It plans in processes of this machine; a Ray cluster is used only where one is named.
     """
     started = time.monotonic()
-    slides = list_slides(recipe.slides)
+    slides = _slides(recipe)
     out = recipe.out.expanduser().resolve()
     _check_place(out)
     if (out / "dataset.json").is_file():
@@ -239,10 +263,23 @@ def _fingerprints(slides: Sequence[ListedSlide]) -> list[str]:
 def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tuple[list[SlideJob], list[SlideRecord]]:
     """One job per slide, and records of unreadable and repeated files."""
     options = recipe.options()
+    md5 = _md5(recipe, slides)
+    plans = None if recipe.plans is None else recipe.plans.expanduser().resolve()
+    if plans is not None:
+        plans.mkdir(parents=True, exist_ok=True)
     jobs, twins = [], []
     seen: dict[str, str] = {}
     listed = [
-        SlideJob(slide.slide_id, str(slide.path), mark, slide.mpp, str(out), options)
+        SlideJob(
+            slide.slide_id,
+            str(slide.path),
+            mark,
+            slide.mpp,
+            str(out),
+            options,
+            md5.get(slide.slide_id),
+            None if plans is None else str(plans),
+        )
         for slide, mark in zip(slides, _fingerprints(slides), strict=True)
     ]
     # Of the files of a DICOM slide the largest holds level 0; annotations and labels are small.

@@ -1,11 +1,12 @@
-"""Which slides: a folder, a glob or a CSV; one row per slide, ids unique."""
+"""Which slides: a folder, a glob, a CSV or a TSV; one row per slide, ids unique; all of them or a random subset."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from engine.config import UsageError
 from sharding.dataset import RESERVED_COLUMNS
 
 SUFFIXES = frozenset({".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"})
-
-
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TEXT_COLUMNS = frozenset({"slide_id", "path", "mpp"})
 _WHOLE = r"^-?(0|[1-9]\d{0,17})$"
 _DECIMAL = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"
@@ -25,7 +25,7 @@ _DECIMAL = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"
 
 @dataclass(frozen=True, slots=True)
 class ListedSlide:
-    """A slide as the user listed it. `columns` are the CSV's further columns, for slides.parquet."""
+    """A slide as the user listed it. `columns` are the list's further columns, for slides.parquet."""
 
     slide_id: str
     path: Path
@@ -34,10 +34,11 @@ class ListedSlide:
 
 
 def list_slides(source: str) -> list[ListedSlide]:
-    """The slides of a folder (searched below too), a glob or a CSV, sorted by slide_id; paths are absolute.
+    """The slides of a folder (searched below too), a glob, a CSV or TSV, or one slide, by slide_id; paths are absolute.
 
-    A listed file that is missing stays listed: the run reports it. Raises UsageError where there are no slides, the
-    list cannot be read, or two slides have one id.
+    In a glob `**` is any number of folders. Hidden files and folders are left out of folders and globs. The paths of a
+    list are relative to the folder it lies in. A listed file that is missing stays listed: the run reports it. Raises
+    UsageError where there are no slides, the list cannot be read, or two slides have one id.
     """
     path = Path(source).expanduser()
     if any(character in source for character in "*?[") and not path.exists():
@@ -46,8 +47,8 @@ def list_slides(source: str) -> list[ListedSlide]:
     elif path.is_dir():
         slides = _from_paths(_below(path))
         where = f"the folder {source} (searched for {', '.join(sorted(SUFFIXES))})"
-    elif path.is_file() and path.suffix.lower() == ".csv":
-        slides = _from_csv(path)
+    elif path.is_file() and path.suffix.lower() in _SEPARATORS:
+        slides = _from_table(path)
         where = f"the slide list {source}"
     elif path.is_file():
         slides = [ListedSlide(path.stem, path.resolve())]
@@ -67,8 +68,27 @@ def list_slides(source: str) -> list[ListedSlide]:
     return sorted(slides, key=lambda slide: slide.slide_id)
 
 
+def subset(slides: Sequence[ListedSlide], n: int, seed: int) -> list[ListedSlide]:
+    """`n` slides at random, sorted by slide_id: those whose ids come first by a hash that `seed` is the key of.
+
+    It is the same whatever the order of the list and the place of the files; the subset of n is part of that of n + 1,
+    and a slide that is added to the list displaces one at most. Raises UsageError where there are not that many slides.
+    """
+    if not 1 <= n <= len(slides):
+        raise UsageError(
+            f"a subset of {n} slides was asked for; expected 1 to {len(slides)}, the number of slides listed."
+        )
+    chosen = sorted(slides, key=lambda slide: (_subset_key(slide.slide_id, seed), slide.slide_id))[:n]
+    return sorted(chosen, key=lambda slide: slide.slide_id)
+
+
+def _subset_key(slide_id: str, seed: int) -> bytes:
+    # A file name need not be UTF-8.
+    return hashlib.blake2b(slide_id.encode(errors="surrogateescape"), digest_size=16, key=str(seed).encode()).digest()
+
+
 def absolute(source: str) -> str:
-    """`source` (folder, glob, CSV or slide) as it is named from any folder."""
+    """`source` (folder, glob, list or slide) as it is named from any folder."""
     path = Path(source).expanduser()
     return str(path if path.is_absolute() else Path.cwd() / path)
 
@@ -88,16 +108,17 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _from_paths(paths: Iterable[Path]) -> list[ListedSlide]:
     # A link that leads nowhere is listed too: it is reported as a slide that cannot be read, not left out in silence.
-    return [
-        ListedSlide(p.stem, p.resolve())
+    found = {
+        (p.stem, p.resolve()): None  # a pattern with two `**` meets a file more than once
         for p in paths
         if p.suffix.lower() in SUFFIXES and (p.is_file() or (p.is_symlink() and not p.exists()))
-    ]
+    }
+    return [ListedSlide(slide_id, path) for slide_id, path in found]
 
 
-def _from_csv(path: Path) -> list[ListedSlide]:
+def _from_table(path: Path) -> list[ListedSlide]:
     try:
-        table = pl.read_csv(path, infer_schema=False)
+        table = pl.read_csv(path, separator=_SEPARATORS[path.suffix.lower()], infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UsageError(f"slide list {path}: {' '.join(str(error).split())}") from None
     if "path" not in table.columns:

@@ -88,4 +88,4 @@ def _payload_bytes(job: SlideJob, slide: Slide, plan: SlidePlan, i: int) -> int:
             return len(tile.stream)
     window_x, window_y = plan.windows()
     pixels = read_patch(slide, plan.geometry, float(window_x[i]), float(window_y[i]))
-    return len(encode_patch(pixels, job.options.quality))
+    return len(encode_patch(pixels, job.options.quality, optimize=job.options.optimize_huffman))

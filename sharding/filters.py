@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from sharding.index import FLAG_BLURRED, FLAG_WHITE
 from sharding.slide import Pixels
-
-# Bits of the index's column `flags`.
-FLAG_WHITE = 2
-FLAG_BLURRED = 4
 
 _ROW_STEP = 16
 _NEAR_WHITE = 215

@@ -80,6 +80,7 @@ def permute_group(job: PermuteJob) -> Permutation:
         with open(temporary, "wb") as file:
             for bucket in buckets:
                 rows = np.fromfile(bucket, ROW)
+                bucket.unlink()
                 keys = order_keys(rows["sample_id"], job.seed)
                 order = np.argsort(keys)
                 keys = keys[order]

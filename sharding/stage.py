@@ -22,7 +22,9 @@ import numpy.typing as npt
 from sharding.atomic import atomic_path, write_json
 from sharding.encode import encode_patch, read_patch
 from sharding.faults import fault_point
+from sharding.filters import patch_flags
 from sharding.index import FLAG_PARTIAL_REGION
+from sharding.md5 import md5_of
 from sharding.plan import ShardOptions, SlidePlan, load_plan, plan_digest, plan_slide, save_plan
 from sharding.qc import qc_picture
 from sharding.rows import NO_REGION, Rows
@@ -239,9 +241,7 @@ def _stage(job: SlideJob, started: float) -> SlideRecord:
 def _check_md5(job: SlideJob) -> None:
     if job.md5 is None:
         return
-    from sharding.md5 import md5_of
-
-    found = md5_of(Path(job.path))
+    found = md5_of(job.path)
     if found != job.md5:
         raise SlideError(f"its MD5 is {found}, the manifest says {job.md5}: the file is damaged or another one")
 
@@ -385,7 +385,7 @@ class _Stager:
                 except DamagedTileError as error:
                     self.damaged[i] = str(error)
                     continue
-                payload = encode_patch(pixels, options.quality)
+                payload = encode_patch(pixels, options.quality, optimize=options.optimize_huffman)
                 file.write(payload)
                 stored.append(i)
                 places.append((0, offset, len(payload), zlib.crc32(payload)))
@@ -436,7 +436,3 @@ class _Stager:
 def read_sources(work: WorkFolder, name: str) -> list[Source]:
     """The sources of a staged slide."""
     return [Source(**value) for value in json.loads(work.sources(name).read_text(encoding="utf-8"))]
-
-
-def patch_flags(pixels: Pixels) -> int:
-    return 0

@@ -29,7 +29,7 @@ _OTSU_SHARE = 0.75
 _CLAM_SATURATION = 8
 _CLAM_MEDIAN = 7
 _CLAM_CLOSE = 4
-# Squares of this side stay in the processor's cache, which makes the whole mask a third faster than 4096 does.
+# Squares of this side stay in the processor's cache, which takes a quarter off the time of the mask at 4096.
 _SQUARE_PX = 1024
 _DAMAGE_PX = 64
 

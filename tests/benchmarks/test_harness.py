@@ -28,6 +28,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(harness.time, "perf_counter", clock)
+    monkeypatch.setattr(harness.time, "process_time", lambda: clock.now / 2)
     return clock
 
 
@@ -54,7 +55,10 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(tmp_path: Path
 
     played = play({"slow": contender("slow", 2.0), "fast": contender("fast", 1.0)}, _setting(tmp_path, 2))
     assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"]
-    assert played == {"slow": [Round(10, 8.0), Round(10, 10.0)], "fast": [Round(10, 3.0), Round(10, 6.0)]}
+    assert played == {
+        "slow": [Round(10, 8.0, 0.0, 4.0), Round(10, 10.0, 0.0, 5.0)],
+        "fast": [Round(10, 3.0, 0.0, 1.5), Round(10, 6.0, 0.0, 3.0)],
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,7 +74,7 @@ def test_time_in_fsync_is_counted_apart(tmp_path: Path, clock: Clock, monkeypatc
         os.fsync(0)
         return 4
 
-    assert play({"ours": run}, _setting(tmp_path, 1)) == {"ours": [Round(4, 2.0, 10.5)]}
+    assert play({"ours": run}, _setting(tmp_path, 1)) == {"ours": [Round(4, 2.0, 10.5, 6.25)]}
     assert os.fsync is waiting
 
 
@@ -96,7 +100,7 @@ def test_a_failed_run_leaves_no_output_behind(tmp_path: Path) -> None:
 def test_a_ratio_is_taken_within_its_round_and_by_rate() -> None:
     # The machine slows down tenfold and recovers: the ratios of 4, 2 and 3 are not those of any two medians.
     played = {
-        "ours": [Round(400, 1.0, 0.1), Round(400, 20.0, 0.3), Round(400, 1.0, 0.2)],
+        "ours": [Round(400, 1.0, 0.1, 0.9), Round(400, 20.0, 0.3, 1.0), Round(400, 1.0, 0.2, 1.0)],
         "peer": [Round(10, 0.1), Round(10, 1.0), Round(30, 0.225)],
     }
     result = against_peers(played, "patches/s")
@@ -107,6 +111,7 @@ def test_a_ratio_is_taken_within_its_round_and_by_rate() -> None:
     assert result["rates"] == {"ours": 400.0, "peer": 100.0}
     assert result["units_per_round"] == {"ours": 400, "peer": 10}
     assert result["fsync_s"] == {"ours": 0.2, "peer": 0.0}
+    assert result["cpu_share"] == {"ours": 0.9, "peer": 0.0}
     assert result["rounds"] == 3
 
 
