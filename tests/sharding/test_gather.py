@@ -19,7 +19,7 @@ import tifffile
 
 from sharding import gather
 from sharding.gather import GatherJob, SlideChangedError, gather_shard, read_result
-from sharding.index import INDEX_SCHEMA, DatasetDamagedError
+from sharding.index import FLAG_WHITE, INDEX_SCHEMA, DatasetDamagedError
 from sharding.permute import Member, PermuteJob
 from sharding.rows import ROW
 from sharding.stage import SlideJob, read_record
@@ -93,15 +93,22 @@ def test_offset_length_and_crc_find_every_payload(
 
 
 @pytest.mark.parametrize("name", ["plain", "rgb"])
-def test_unchecked_copies_are_the_bytes_of_checked_ones(
-    name: str, slides: Any, make_job: MakeJob, run_slide: Any, shard_files: Any, tmp_path: Path
+def test_unchecked_copies_are_those_of_checked_ones_but_for_flags(
+    name: str, slides: Any, make_job: MakeJob, run_slide: Any, rows_of: Any, shard_files: Any, tmp_path: Path
 ) -> None:
     side = {"plain": 256, "rgb": 240}[name]
-    options: dict[str, Any] = {**COPIES, "context_px": side, "stride_px": side, "patch_flags": False}
-    for folder, checked in (("a", True), ("b", False)):
-        record = run_slide(make_job(slides[name], tmp_path / folder, check_tiles=checked, **options))
+    tables, files = [], []
+    for checked in (True, False):
+        options = {**COPIES, "context_px": side, "stride_px": side, "check_tiles": checked}
+        record = run_slide(make_job(slides[name], tmp_path / str(checked), **options))
         assert record.patches_copied == record.patches > 4
-    assert shard_files(tmp_path / "a") == shard_files(tmp_path / "b")
+        tables.append(rows_of(tmp_path / str(checked), record))
+        found = shard_files(tmp_path / str(checked))
+        files.append({path: data for path, data in found.items() if not path.endswith(".parquet")})
+    assert files[0] == files[1]
+    assert tables[0].drop(["flags"]).equals(tables[1].drop(["flags"]))
+    assert set(tables[1]["flags"].to_pylist()) == {0}  # white glass, were it looked at
+    assert set(tables[0]["flags"].to_pylist()) == {0, FLAG_WHITE}
 
 
 def test_tiles_of_many_headers_are_copied_unchecked(
@@ -196,7 +203,7 @@ def test_a_tile_that_lies_outside_of_the_file_is_rejected_unchecked(
     layout: dict[str, Any] = {"tile": (256, 256), "compression": "jpeg", "photometric": "rgb", "bigtiff": True}
     tifffile.imwrite(path, pixels, resolution=(20000, 20000), resolutionunit="CENTIMETER", **layout)
     with tifffile.TiffFile(path) as tiff:
-        tag = tiff.pages[0].tags["TileOffsets"]  # type: ignore[union-attr]
+        tag = tiff.pages[0].tags["TileOffsets"]
         assert int(tag.dtype) == 16
     with open(path, "r+b") as file:
         file.seek(tag.valueoffset)

@@ -294,7 +294,7 @@ def test_a_full_disk_is_the_runs_failure_and_not_the_slides(
 ) -> None:
     job = make_job(slides["plain"], tmp_path)
 
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "x.payloads"))
 
     monkeypatch.setattr(stage, "encode_patch", full)
