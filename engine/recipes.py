@@ -40,7 +40,7 @@ class _Recipe(BaseModel):
 class ShardRecipe(_Recipe):
     """`engine shard`: slides to a dataset."""
 
-    slides: Text = Field(description="folder (searched below too), glob, or CSV (path, slide_id, mpp, further columns)")
+    slides: Text = Field(description="folder (searched below too), glob, or CSV or TSV (path, slide_id, mpp, more)")
     out: Place = Field(description="folder of the dataset; made where it is missing")
     mpp: float | Literal["native"] = Field(0.5, description="spacing of the patches in um/px, or native: level 0 as is")
     context_px: int = Field(256, ge=16, le=8192, description="side of a stored patch")

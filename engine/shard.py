@@ -72,6 +72,8 @@ def _slides(recipe: ShardRecipe) -> list[ListedSlide]:
         slides = subset(slides, recipe.subset, recipe.seed)
     if recipe.barcodes == "tcga":
         slides, unnamed = barcode_columns(slides)
+        if len(unnamed) == len(slides):
+            raise UsageError(f"barcodes=tcga: no slide has a TCGA barcode (the first is {unnamed[0]}).")
         if unnamed:
             say(f"note: {len(unnamed)} of {len(slides)} slides have no TCGA barcode (the first is {unnamed[0]}).")
     return slides

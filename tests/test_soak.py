@@ -3,42 +3,105 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from engine import synth
 
 ENGINE = str(Path(sys.executable).parent / "engine")
-KILLS = 40
+KILLS = 200
+SETTINGS = {"context_px": 256, "patches_per_shard": 32, "group_slides": 3}
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_shard_killed_at_random_moments_ends_with_the_same_dataset(tmp_path: Path) -> None:
-    """kill -9 of the driver, over and over, at moments from before the first read to after the last write."""
-    synth.run(tmp_path / "slides", slides=4, size=4096)
-    settings = [ENGINE, "shard", "shard/tiny", f"slides={tmp_path / 'slides'}", "patches_per_shard=32", "--json"]
-    undisturbed = json.loads(_finish([*settings, "--local", f"out={tmp_path / 'undisturbed'}"]))
+    """kill -9 of the driver or of a worker, with Ray and without, from before the first read to after the last write.
+
+    Half of the slides are copied, half are decoded. A killed driver is run again; a killed worker is the driver's to
+    replace.
+    """
+    slides = tmp_path / "slides"
+    synth.run(slides / "copied", slides=2, size=3072)
+    synth.run(slides / "decoded", slides=2, size=3072, seed=1, tile=240)
+    for path in (slides / "decoded").glob("*.svs"):
+        path.rename(path.with_stem(f"other-{path.stem}"))
+    settings = [f"slides={slides}", *(f"{key}={value}" for key, value in SETTINGS.items())]
+    begin = [ENGINE, "shard", "shard/tiny", *settings, "--json"]
+    undisturbed = json.loads(_finish([*begin, "--local", f"out={tmp_path / 'undisturbed'}"]))
+    patches = undisturbed["patches"]
+    assert patches["copy"] > 50
+    assert patches["decode"] > 50
     moments = random.Random(0)
-    for backend in ([], ["--local"]):
-        killed = 0
-        while killed < KILLS // 2:
-            out = tmp_path / f"out{len(backend)}-{killed}"
-            command = [*settings, *backend, f"out={out}"]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(moments.uniform(0.5, 8.0))
-            process.kill()
-            process.wait()
-            killed += 1
-            assert json.loads(_finish(command))["digest"] == undisturbed["digest"]
-            assert not [p for p in out.rglob("*") if p.name.startswith(".")], "something was left behind"
-            for name in ("index.parquet", "rows.bin"):
-                assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    told: dict[str, int] = {}
+    for number in range(KILLS):
+        backend, victim = number % 2 * ["--local"], ("driver", "worker")[number // 2 % 2]
+        out = tmp_path / "out"
+        command = [*begin, *backend, f"out={out}"]
+        kind = _disturb(command, victim, moments.uniform(0.5, 7.0), moments, tmp_path / "errors.txt")
+        told[kind] = told.get(kind, 0) + 1
+        assert json.loads(_finish(command))["digest"] == undisturbed["digest"], (number, kind)
+        _is_the_same(out, tmp_path / "undisturbed")
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    print(f"{KILLS} disturbed runs: {told}")
+
+
+def _disturb(command: list[str], victim: str, after_s: float, moments: random.Random, errors: Path) -> str:
+    """Start a run and kill a process of it; returns what was killed. The run has ended when this returns."""
+    said = errors.open("wb")
+    process = subprocess.Popen(command, stdout=said, stderr=said)
+    said.close()
+    time.sleep(after_s)
+    workers = list(_workers(process.pid))
+    if process.poll() is not None:
+        return "nothing, it was through"
+    if victim == "worker" and workers:
+        os.kill(moments.choice(workers), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, errors.read_text()[-4000:]
+        return "a worker"
+    process.kill()
+    process.wait()
+    return "the driver"
+
+
+def _workers(driver: int) -> Iterator[int]:
+    """Processes below the driver that do its jobs: Ray's workers, or a process pool's."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            parents.setdefault(parent, []).append(int(entry.name))
+    waiting = [driver]
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            waiting.append(child)
+            try:
+                words = (Path("/proc") / str(child) / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if words.startswith(b"ray::") or b"spawn_main" in words:
+                yield child
+
+
+def _is_the_same(out: Path, undisturbed: Path) -> None:
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")], "something was left behind"
+    for path in undisturbed.rglob("*"):
+        if path.is_file() and path.name not in ("dataset.json", "slides.parquet", "log.jsonl", "recipe.yaml"):
+            assert (out / path.relative_to(undisturbed)).read_bytes() == path.read_bytes(), path
+    keys = pq.read_table(out / "index.parquet", columns=["key"])["key"].to_pylist()
+    assert len(set(keys)) == len(keys)
 
 
 def _finish(command: list[str]) -> str:
