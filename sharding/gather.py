@@ -115,6 +115,7 @@ def write_shard(work: WorkFolder, job: GatherJob, rows: Rows, files: SourceFiles
     name = job.shard
     damaged: dict[str, list[Any]] = {}
     kept: list[Rows] = []
+    work.shard(name, "parquet").unlink(missing_ok=True)  # the commit of another permutation's shard goes first
     with atomic_path(work.shard(name, "tar")) as temporary, open(temporary, "wb", buffering=0) as file:
         for start in range(0, len(rows), _WINDOW_PATCHES):
             fault_point("gather.window")

@@ -89,8 +89,8 @@ def after_gathering(
         count, first = rejected[job.name]
         record = records[job.name]
         bad = record.patches_quarantined + count
-        reason = record.reason if record.patches_quarantined else f"first: {first}"
-        reason = f"{bad} of {record.planned} patches are damaged ({reason.partition('(')[2].rstrip(')') or reason})"
+        earlier = record.reason.partition("(first: ")[2].removesuffix(")")
+        reason = f"{bad} of {record.planned} patches are damaged (first: {earlier or first})"
         if bad / record.planned > job.options.max_bad_fraction:
             limit = f"more than max_bad_fraction={job.options.max_bad_fraction:g} of the slide"
             updated[job.name] = quarantined(job, f"{reason}: {limit}", seconds=record.seconds)

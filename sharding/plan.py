@@ -12,6 +12,7 @@ import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -223,14 +224,12 @@ def load_plan(path: Path, digest: str) -> SlidePlan | None:
     Its mask's picture has been through JPEG.
     """
     try:
-        with np.load(path) as kept:
+        with open(path, "rb") as file, np.load(file) as kept:
             meta = json.loads(kept["meta"].tobytes())
             if meta["digest"] != digest:
                 return None
             rows, bits, picture = kept["rows"], kept["mask"], kept["picture"].tobytes()
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise
+    except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     shape = tuple(meta["mask"].pop("shape"))
     mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)

@@ -356,12 +356,13 @@ class _Stager:
         at = np.where(known, tile, 0)
         offset, length = raw.offsets[at], raw.lengths[at]
         absent = known & (offset == 0) & (length == 0)
+        size = np.uint64(self.identity[0])
         rows["offset"], rows["length"] = offset, length
         for i in np.flatnonzero(~known).tolist():
             self.damaged[i] = self._tile(i, f"is missing from the file's tile table ({len(raw.offsets)} entries)")
         for i in np.flatnonzero(known & ~absent & (length < _MIN_TILE_BYTES)).tolist():
             self.damaged[i] = self._tile(i, f"is empty ({length[i]} bytes)")
-        for i in np.flatnonzero(known & ~absent & (offset + length > self.identity[0])).tolist():
+        for i in np.flatnonzero(known & ~absent & (length > size - np.minimum(offset, size))).tolist():
             self.damaged[i] = self._tile(i, "reaches beyond the end of the file")
         description = (raw.header.prefix.hex(), raw.header.rgb, self.plan.geometry.context_px)
         self._add("copy", self.job.path, self.identity, heads=[], raw=description)

@@ -273,16 +273,23 @@ class TiffTiles:
         index = row * page.columns + column
         if index >= len(page.offsets) or index >= len(page.lengths):
             raise TileDefectError(f"is missing from the file's tile table ({len(page.offsets)} entries)")
-        length = page.lengths[index]
+        offset, length = page.offsets[index], page.lengths[index]
         if length < 4:
             raise TileDefectError(f"is empty ({length} bytes)")
         try:
-            data = os.pread(self._descriptor, length, page.offsets[index])
+            # A damaged table can ask for more than the memory, or for a place beyond 2^63.
+            inside = max(0, os.fstat(self._descriptor).st_size - offset)
+            data = os.pread(self._descriptor, length, offset) if length <= inside else b""
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) < length:
+<<<<<<< HEAD
             raise TileDefectError(f"is cut off: {len(data)} of {length} bytes are in the file")
         if page.codec == "libjpeg" and data[:2] != _SOI:
+=======
+            raise TileDefectError(f"is cut off: {inside} of {length} bytes are in the file")
+        if data[:2] != _SOI:
+>>>>>>> 13affad391ab34fcc52d4c863118baab2304dc82
             raise TileDefectError(f"is no JPEG: it starts with {data[:2].hex()}")
         return data
 

@@ -17,21 +17,21 @@ from engine.config import UsageError, apply_overrides, build
 from engine.recipes import ShardRecipe, build_train_recipe
 from engine.rundir import prepare_run
 from engine.slide_list import list_slides
-from sharding import slide_job
+from sharding import stage
 from sharding.slide import dicom_series
 
 
 def test_an_error_that_no_reader_thought_of_is_that_slides_alone(
     slides: Path, tmp_path: Path, make_recipe: Callable[..., ShardRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = slide_job.plan_slide
+    whole = stage.plan_slide
 
     def plan(slide: Any, *args: Any, **options: Any) -> Any:
         if slide.path.stem == "synth-0001":
             raise ZeroDivisionError("a surprise")
         return whole(slide, *args, **options)
 
-    monkeypatch.setattr(slide_job, "plan_slide", plan)
+    monkeypatch.setattr(stage, "plan_slide", plan)
     monkeypatch.setattr(shard, "fan_out", _in_process)
     result = shard.run(make_recipe(slides, tmp_path / "out"), local=True)
     assert result["slides"] == {"done": 2, "quarantined": 1}

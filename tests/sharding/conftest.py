@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 from PIL import Image
@@ -24,6 +27,7 @@ from sharding.slide import fingerprint
 from sharding.stage import SlideJob, SlideRecord
 from sharding.synth import SlideSpec, paint_slide
 from sharding.work import WorkFolder
+from sharding.writer import ShardRecord
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -200,21 +204,94 @@ def gather_group(group: Group, records: dict[str, SlideRecord]) -> list[GatherRe
     ]
 
 
+Sharded = tuple[list[SlideRecord], list[ShardRecord], dict[str, list[Any]]]
+
+
+def _shard_slides(jobs: Sequence[SlideJob]) -> Sharded:
+    """Stage, permute and gather slides: (a record per job, the shards, GatherResult's `damaged` of all shards)."""
+    records = {job.name: job.run() for job in jobs}
+    shards: list[ShardRecord] = []
+    damaged: dict[str, list[Any]] = {}
+    for group in make_groups(jobs, jobs[0].options):
+        results = gather_group(group, records)
+        records |= after_gathering(group.jobs, {job.name: records[job.name] for job in group.jobs}, results)
+        shards += [result.shard for result in results if result.shard is not None]
+        for result in results:
+            for name, (count, reason) in result.damaged.items():
+                damaged.setdefault(name, [0, reason])[0] += count
+    return [records[job.name] for job in jobs], shards, damaged
+
+
+@pytest.fixture(scope="session")
+def shard_slides() -> Callable[[Sequence[SlideJob]], Sharded]:
+    """All the work on some slides, in this process and without an end: the work folder stays as it is."""
+    return _shard_slides
+
+
+@dataclass(frozen=True)
+class SlideRun(SlideRecord):
+    """What became of one slide that was sharded by itself. `damaged` are the patches that gathering rejected."""
+
+    shards: list[ShardRecord] = field(default_factory=list)
+    damaged: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def run_slide() -> Callable[[SlideJob], SlideRun]:
+    """The same for one slide by itself."""
+
+    def run(job: SlideJob) -> SlideRun:
+        (record,), shards, damaged = _shard_slides([job])
+        return SlideRun(**asdict(record), shards=shards, damaged=damaged)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[[Path, SlideRun], pa.Table]:
+    """(dataset, record) -> the index rows of the record's shards."""
+
+    def read(dataset: Path, record: SlideRun) -> pa.Table:
+        return pa.concat_tables([pq.read_table(dataset / "shards" / f"{s.name}.parquet") for s in record.shards])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def stored(rows_of: Callable[[Path, SlideRun], pa.Table]) -> Callable[[Path, SlideRun], dict[tuple[int, int], bytes]]:
+    """(dataset, record) -> (row, col) -> payload."""
+
+    def read(dataset: Path, record: SlideRun) -> dict[tuple[int, int], bytes]:
+        found = {}
+        for row in rows_of(dataset, record).to_pylist():
+            with open(dataset / "shards" / f"{row['shard']}.tar", "rb") as file:
+                file.seek(row["offset"])
+                found[row["row"], row["col"]] = file.read(row["length"])
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def shard_files() -> Callable[[Path], dict[str, bytes]]:
+    """dataset -> name -> bytes of the files of its shards."""
+
+    def read(dataset: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((dataset / "shards").iterdir())}
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def make_dataset(make_job: Callable[..., SlideJob]) -> Callable[..., list[SlideRecord]]:
     """Shard slides (slide_id -> path) into a finished dataset, in this process; returns the slides' records."""
 
     def make(dataset: Path, listed: dict[str, Path], **options: Any) -> list[SlideRecord]:
         jobs = [make_job(path, dataset, slide_id=slide_id, **options) for slide_id, path in listed.items()]
-        records = {job.name: job.run() for job in jobs}
-        shards = []
-        for group in make_groups(jobs, jobs[0].options):
-            results = gather_group(group, records)
-            records |= after_gathering(group.jobs, {job.name: records[job.name] for job in group.jobs}, results)
-            shards += [result.shard for result in results if result.shard is not None]
-        finish_dataset(dataset, jobs[0].options, list(records.values()), shards, {})
+        records, shards, _ = _shard_slides(jobs)
+        finish_dataset(dataset, jobs[0].options, records, shards, {})
         shutil.rmtree(WorkFolder(dataset).path)
-        return [records[job.name] for job in jobs]
+        return records
 
     return make
 

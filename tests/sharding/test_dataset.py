@@ -15,17 +15,18 @@ import pytest
 from sharding import dataset as dataset_module
 from sharding.dataset import file_sha256, finish_dataset, options_digest
 from sharding.index import content_digest, read_meta
-from sharding.slide_job import run_slide
 
 MakeDataset = Callable[..., Any]
 
 
 def test_counts_and_hashes_are_those_of_the_files(finished: Path) -> None:
     meta = read_meta(finished)
-    assert meta["format_version"] == 1
+    assert meta["format_version"] == 2
     tars = sorted((finished / "shards").glob("*.tar"))
     assert [shard["name"] for shard in meta["shards"]] == [tar.stem for tar in tars]
-    assert [shard["sha256"] for shard in meta["shards"]] == [file_sha256(tar) for tar in tars]
+    assert [shard["bytes"] for shard in meta["shards"]] == [tar.stat().st_size for tar in tars]
+    parquets = [tar.with_suffix(".parquet") for tar in tars]
+    assert [shard["index_sha256"] for shard in meta["shards"]] == [file_sha256(path) for path in parquets]
     counts = meta["counts"]
     assert counts["bytes"] == sum(tar.stat().st_size for tar in tars)
     assert counts["patches"] == sum(shard["samples"] for shard in meta["shards"])
@@ -33,7 +34,7 @@ def test_counts_and_hashes_are_those_of_the_files(finished: Path) -> None:
     assert meta["digest"] == content_digest(meta)
     for name, digest in meta["files"].items():
         assert file_sha256(finished / name) == digest
-    assert sorted(path.name for path in finished.iterdir()) == sorted([*meta["files"], "dataset.json", "shards"])
+    assert sorted(path.name for path in finished.iterdir()) == sorted([*meta["files"], "dataset.json", "qc", "shards"])
 
 
 def test_the_digest_and_the_bytes_do_not_depend_on_place_order_or_retries(
@@ -67,7 +68,7 @@ def test_another_recipe_has_another_digest(
 
 
 def test_slides_parquet_tells_of_every_slide_with_the_users_columns(
-    slides: Any, make_job: Any, damage_tile: Callable[..., Path], tmp_path: Path
+    slides: Any, make_job: Any, shard_slides: Any, damage_tile: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = damage_tile(slides["plain"], tmp_path / "bad.svs", 0, 1, 2, "zeroed")
     out = tmp_path / "d"
@@ -76,9 +77,9 @@ def test_slides_parquet_tells_of_every_slide_with_the_users_columns(
         make_job(slides["unspaced"], out, slide_id="b"),
         make_job(bad, out, slide_id="a"),
     ]
-    records = [run_slide(job) for job in jobs]
+    records, shards, _ = shard_slides(jobs)
     user: dict[str, dict[str, Any]] = {"a": {"organ": "lung", "age": 61}, "c": {"organ": "kidney"}}
-    meta = finish_dataset(out, jobs[0].options, records, user)
+    meta = finish_dataset(out, jobs[0].options, records, shards, user)
     rows = pq.read_table(out / "slides.parquet").to_pylist()
     assert [row["slide_id"] for row in rows] == ["a", "b", "c"]
     assert [row["status"] for row in rows] == ["done", "quarantined", "done"]
@@ -92,12 +93,14 @@ def test_slides_parquet_tells_of_every_slide_with_the_users_columns(
     assert (counts["slides_done"], counts["slides_quarantined"], counts["patches_quarantined"]) == (2, 1, 4)
     # Neither the reason nor the path enters the digest, the status does.
     moved = [replace(record, path="/elsewhere", reason="other words", seconds=1.0) for record in records]
-    assert finish_dataset(out, jobs[0].options, moved, user)["digest"] == meta["digest"]
+    assert finish_dataset(out, jobs[0].options, moved, shards, user)["digest"] == meta["digest"]
 
 
-def test_dataset_json_appears_last(slides: Any, make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_json_appears_last(
+    slides: Any, make_job: Any, shard_slides: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_job(slides["single"], tmp_path)
-    record = run_slide(job)
+    records, shards, _ = shard_slides([job])
 
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -106,7 +109,7 @@ def test_dataset_json_appears_last(slides: Any, make_job: Any, tmp_path: Path, m
         with monkeypatch.context() as patch:
             patch.setattr(dataset_module, step, fail)
             with pytest.raises(OSError, match="No space"):
-                finish_dataset(tmp_path, job.options, [record], {})
+                finish_dataset(tmp_path, job.options, records, shards, {})
         assert not (tmp_path / "dataset.json").exists()
-    finish_dataset(tmp_path, job.options, [record], {})
+    finish_dataset(tmp_path, job.options, records, shards, {})
     assert json.loads((tmp_path / "dataset.json").read_text())["counts"]["slides"] == 1

@@ -16,7 +16,6 @@ import simplejpeg
 import tifffile
 from cucim.clara import CuImage
 from PIL import Image
-from sharding.slide_job import SlideRecord, run_slide
 
 from sharding.jpeg import NotCopyableError, standalone, tile_header
 from sharding.synth import SlideSpec, paint_slide
@@ -30,7 +29,7 @@ VARIANTS = [
 ]
 
 
-def _patches(dataset: Path, record: SlideRecord) -> list[tuple[dict[str, Any], bytes]]:
+def _patches(dataset: Path, record: Any) -> list[tuple[dict[str, Any], bytes]]:
     """(index row, payload) of every stored patch."""
     found = []
     for shard in record.shards:
@@ -56,7 +55,7 @@ def _assert_lossless(path: Path, patches: list[tuple[dict[str, Any], bytes]], si
 
 @pytest.mark.parametrize(("tile_px", "subsampling", "photometric"), VARIANTS)
 def test_copied_tiles_are_the_slides_pixels_on_every_level(
-    tile_px: int, subsampling: Any, photometric: Any, make_job: Callable[..., Any], tmp_path: Path
+    tile_px: int, subsampling: Any, photometric: Any, make_job: Callable[..., Any], run_slide: Any, tmp_path: Path
 ) -> None:
     spec = SlideSpec(
         seed=11,
@@ -84,7 +83,9 @@ def test_copied_tiles_are_the_slides_pixels_on_every_level(
     assert levels == {0, 1}
 
 
-def test_a_real_slide_is_copied_losslessly(shared: Path, make_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_real_slide_is_copied_losslessly(
+    shared: Path, make_job: Callable[..., Any], run_slide: Any, tmp_path: Path
+) -> None:
     path = shared / "slides" / "CMU-1-Small-Region.svs"
     record = run_slide(make_job(path, tmp_path, mpp=None, context_px=240, stride_px=240))
     patches = _patches(tmp_path, record)
@@ -103,7 +104,7 @@ def test_a_real_slide_is_copied_losslessly(shared: Path, make_job: Callable[...,
     ],
 )
 def test_what_is_no_whole_tile_is_decoded(
-    options: dict[str, Any], slides: Any, make_job: Callable[..., Any], tmp_path: Path
+    options: dict[str, Any], slides: Any, make_job: Callable[..., Any], run_slide: Any, tmp_path: Path
 ) -> None:
     record = run_slide(make_job(slides["plain"], tmp_path, **{"context_px": 256, "stride_px": 256, **options}))
     assert record.patches > 0
@@ -183,7 +184,7 @@ def test_a_frame_of_another_size_or_grey_cannot_stand_alone(slides: Any) -> None
 
 
 def test_a_progressive_tile_is_decoded_by_the_reader_and_not_copied(
-    make_job: Callable[..., Any], tmp_path: Path
+    make_job: Callable[..., Any], run_slide: Any, tmp_path: Path
 ) -> None:
     """It decodes, so it is no damage; it cannot be copied, so its patches are re-encoded."""
     pixels = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)

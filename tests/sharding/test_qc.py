@@ -141,7 +141,7 @@ def test_a_painted_slide_shows_its_lattice_on_tissue(slides: dict[str, Path], ma
     assert drawn.shape[:2] == (picture.shape[0] * 2, picture.shape[1] * 2)
     red = np.argwhere((drawn[..., 0] > 180) & (drawn[..., 1] < 60))
     # 128 px at 16 px a cell and two pixels a cell: 16 pixels a patch.
-    first = np.array([plan.cells.row[0], plan.cells.col[0]]) * 16
+    first = np.array([plan.rows["row"][0], plan.rows["col"][0]]) * 16
     assert (red.min(axis=0) >= first - 2).all()
     assert (red.max(axis=0) <= first + 18).all()
 
@@ -150,8 +150,8 @@ def _picture_of(plan: SlidePlan, picture: Pixels, damaged: np.ndarray) -> bytes:
     return qc_picture(
         picture,
         plan.mask.mask,
-        plan.cells.x0.astype(np.float64),
-        plan.cells.y0.astype(np.float64),
+        plan.rows["x0"].astype(np.float64),
+        plan.rows["y0"].astype(np.float64),
         cell_x_px0=plan.mask.cell_x_px0,
         cell_y_px0=plan.mask.cell_y_px0,
         width_px0=128.0,

@@ -12,7 +12,6 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from sharding.slide_job import run_slide
 
 from sharding import tissue
 from sharding.plan import plan_slide
@@ -48,7 +47,7 @@ def test_the_mask_and_the_planned_cells_match_the_painted_truth(
     share = (true & judged).reshape(6, 16, 8, 16).mean(axis=(1, 3))
     ink = (classes == PEN).reshape(6, 16, 8, 16).any(axis=(1, 3))
     planned = np.zeros((6, 8), bool)
-    planned[plan.cells.row, plan.cells.col] = True
+    planned[plan.rows["row"], plan.rows["col"]] = True
     # An edge that crosses the patch and lies one mask cell (of 16 a side) elsewhere changes its share by 1/16.
     band = 1 / 16
     assert planned[(share >= 0.5 + band) & ~ink].all()
@@ -58,7 +57,7 @@ def test_the_mask_and_the_planned_cells_match_the_painted_truth(
 
 @pytest.mark.parametrize("colour", [(243, 242, 244), (250, 246, 238), (255, 255, 255), (200, 196, 198), (0, 0, 0)])
 def test_a_blank_slide_has_no_tissue(
-    colour: tuple[int, int, int], make_job: Callable[..., Any], tmp_path: Path
+    colour: tuple[int, int, int], make_job: Callable[..., Any], run_slide: Any, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).normal(0, 2, (1024, 1024, 3))
     picture = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)

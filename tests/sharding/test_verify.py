@@ -1,7 +1,7 @@
 """Every changed byte of a dataset is found, and named.
 
-`log.jsonl` and `recipe.yaml` are outside of this: they say when and from where a dataset was made, not what it holds,
-and `engine shard` writes them, not `sharding`.
+`log.jsonl`, `recipe.yaml` and the pictures in `qc/` are outside of this: they say when, from where and how a dataset
+was made, not what it holds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def flip_is_found(dataset: Path, path: Path, place: int, bit: int) -> tuple[bool
 
 def test_any_flipped_bit_in_any_file_is_found(tiny: Path) -> None:
     rng = random.Random(0)
-    files = sorted(path for path in tiny.rglob("*") if path.is_file())
+    files = [tiny / name for name in every_file(tiny)]
     assert Counter(path.suffix or path.name for path in files) == {
         ".tar": 2,
         ".idx": 2,
@@ -122,7 +122,8 @@ def test_bytes_between_the_payloads_are_checked_too(region: str, dataset: Path) 
 
 
 def every_file(dataset: Path) -> list[str]:
-    return sorted(str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.is_file())
+    files = (path.relative_to(dataset) for path in dataset.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if path.parts[0] != "qc")
 
 
 def test_a_missing_file_is_found_whichever_it_is(tiny: Path, tmp_path: Path) -> None:
@@ -192,17 +193,17 @@ def test_an_index_of_another_dataset_is_found(
 def test_a_payload_that_does_not_decode_is_found_even_if_its_checksums_are_right(
     tmp_path: Path, slides: Any, make_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sharding import slide_job
+    from sharding import stage
 
-    encode, count = slide_job.encode_patch, 0
+    encode, count = stage.encode_patch, 0
 
-    def sometimes_cut(pixels: Any, quality: int) -> bytes:
+    def sometimes_cut(pixels: Any, quality: int, **options: Any) -> bytes:
         nonlocal count
         count += 1
-        data = encode(pixels, quality)
+        data = encode(pixels, quality, **options)
         return data[: len(data) // 2] if count == 3 else data
 
-    monkeypatch.setattr(slide_job, "encode_patch", sometimes_cut)
+    monkeypatch.setattr(stage, "encode_patch", sometimes_cut)
     make_dataset(tmp_path / "d", {"first": slides["single"]})
     result = verify_dataset(tmp_path / "d")
     assert len(result["bad"]) == 1

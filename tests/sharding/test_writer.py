@@ -1,23 +1,18 @@
-"""A shard on disk: what other programs see of it, and that it appears whole or not at all."""
+"""The bytes of a shard: what other programs see of its tar and idx."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import shutil
 import subprocess
 import tarfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from sharding import writer
-from sharding.index import INDEX_SCHEMA
-from sharding.writer import ShardRecord, tar_header, write_shard
+from sharding.work import WorkFolder
+from sharding.writer import END_OF_TAR, ShardRecord, idx_text, is_whole, keys_of, tar_header, tar_headers, write_members
 
 LENGTHS = [0, 1, 511, 512, 513, 1024, 5000]
 SAMPLES = [
@@ -25,22 +20,19 @@ SAMPLES = [
 ]
 
 
-def columns(count: int) -> pa.Table:
-    values = {
-        "sample_id": range(2**60, 2**60 + count),
-        "slide_id": ["s"] * count,
-        "mpp": [0.5] * count,
-        "tissue_fraction": [1.0] * count,
-        "route": ["decode"] * count,
-        "region": [None] * count,
-    }
-    fields = [f for f in INDEX_SCHEMA if f.name not in {"shard", "key", "offset", "length", "crc32"}]
-    arrays = [pa.array(values.get(f.name, [0] * count), f.type) for f in fields]
-    return pa.table(arrays, schema=pa.schema(fields))
-
-
-def write(folder: Path) -> ShardRecord:
-    return write_shard(folder, "shard-0", SAMPLES, columns(len(SAMPLES)))
+def write(folder: Path) -> bytes:
+    """Write the samples as `shard-0`; returns the tar's bytes."""
+    keys = np.frombuffer("".join(key for key, _ in SAMPLES).encode(), np.uint8).reshape(-1, 16)
+    headers = tar_headers(keys, np.array(LENGTHS, np.uint64))
+    with open(folder / "shard-0.tar", "wb", buffering=0) as file:
+        # In two calls, and each payload in two parts.
+        for members in (slice(0, 3), slice(3, None)):
+            parts = [(payload[: len(payload) // 3], payload[len(payload) // 3 :]) for _, payload in SAMPLES[members]]
+            write_members(file.fileno(), headers[members], parts)
+        file.write(END_OF_TAR)
+    offsets = [512 + sum(512 + -(-length // 512) * 512 for length in LENGTHS[:i]) for i in range(len(LENGTHS))]
+    (folder / "shard-0.idx").write_text(idx_text([key for key, _ in SAMPLES], offsets, LENGTHS))
+    return (folder / "shard-0.tar").read_bytes()
 
 
 def without_device_and_checksum(header: bytes) -> bytes:
@@ -48,12 +40,12 @@ def without_device_and_checksum(header: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 20_000, 8**11 - 1])
-@pytest.mark.parametrize("name", ["0123456789abcdef.jpg", "x" * 100])
-def test_the_header_is_tarfiles_ustar_header_but_for_the_device(name: str, size: int) -> None:
+@pytest.mark.parametrize("key", ["0123456789abcdef", "0" * 16, "f" * 16])
+def test_the_header_is_tarfiles_ustar_header_but_for_the_device(key: str, size: int) -> None:
     """Python leaves the device numbers of a regular file empty since 3.11.4; GNU tar and we write zeros there."""
-    info = tarfile.TarInfo(name)
+    info = tarfile.TarInfo(name := f"{key}.jpg")
     info.size = size
-    header = tar_header(name, size)
+    header = tar_header(key, size)
     assert len(header) == 512
     theirs = info.tobuf(tarfile.USTAR_FORMAT)
     assert without_device_and_checksum(header) == without_device_and_checksum(theirs)
@@ -72,16 +64,22 @@ def test_the_header_is_gnu_tars_ustar_header_byte_for_byte(tmp_path: Path) -> No
     (tmp_path / name).write_bytes(bytes(20_000))
     options = ["--format=ustar", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "--mode=644"]
     subprocess.run([gnu, *options, "-cf", "theirs.tar", name], check=True, cwd=tmp_path)
-    assert (tmp_path / "theirs.tar").read_bytes()[:512] == tar_header(name, 20_000)
+    assert (tmp_path / "theirs.tar").read_bytes()[:512] == tar_header(name.removesuffix(".jpg"), 20_000)
 
 
-def test_the_record_states_the_tars_length_and_hash_and_it_ends_in_two_empty_blocks(tmp_path: Path) -> None:
-    record = write(tmp_path)
-    data = (tmp_path / "shard-0.tar").read_bytes()
-    assert data[-1024:] == bytes(1024)
-    assert len(data) == sum(512 + -(-length // 512) * 512 for length in LENGTHS) + 1024
-    assert (record.name, record.samples, record.bytes) == ("shard-0", len(SAMPLES), len(data))
-    assert record.sha256 == hashlib.sha256(data).hexdigest()
+def test_headers_of_many_are_the_headers_of_each() -> None:
+    ids = np.random.default_rng(0).integers(0, 2**64, 50, np.uint64)
+    lengths = np.random.default_rng(1).integers(0, 2**32, 50, np.uint64)
+    headers = tar_headers(keys_of(ids), lengths)
+    for header, sample_id, length in zip(headers, ids.tolist(), lengths.tolist(), strict=True):
+        assert header.tobytes() == tar_header(f"{sample_id:016x}", length)
+
+
+def test_the_tar_is_headers_payloads_padding_and_two_empty_blocks(tmp_path: Path) -> None:
+    expected = b"".join(
+        tar_header(key, len(payload)) + payload + bytes(-len(payload) % 512) for key, payload in SAMPLES
+    )
+    assert write(tmp_path) == expected + bytes(1024)
 
 
 def test_tarfile_and_gnu_tar_list_and_extract_it(tmp_path: Path) -> None:
@@ -121,61 +119,39 @@ def test_webdataset_reads_it(tmp_path: Path) -> None:
     assert [(sample["__key__"], sample["jpg"]) for sample in samples] == SAMPLES
 
 
-def test_offset_length_and_crc_find_every_payload(tmp_path: Path) -> None:
-    write(tmp_path)
-    data = (tmp_path / "shard-0.tar").read_bytes()
-    table = pq.read_table(tmp_path / "shard-0.parquet")
-    assert table.schema.equals(INDEX_SCHEMA)
-    for row, (key, payload) in zip(table.to_pylist(), SAMPLES, strict=True):
-        assert data[row["offset"] : row["offset"] + row["length"]] == payload
-        assert row["crc32"] == zlib.crc32(payload)
-        assert (row["key"], row["shard"]) == (key, "shard-0")
-        assert row["offset"] % 512 == 0
+def test_more_members_than_one_call_takes_are_all_written(tmp_path: Path) -> None:
+    ids = np.arange(3000, dtype=np.uint64)
+    headers = tar_headers(keys_of(ids), np.full(3000, 5, np.uint64))
+    with open(tmp_path / "x.tar", "wb", buffering=0) as file:
+        write_members(file.fileno(), headers, [(b"ab", memoryview(b"cde"))] * 3000)
+    assert (tmp_path / "x.tar").read_bytes() == b"".join(header.tobytes() + b"abcde" + bytes(507) for header in headers)
 
 
-def test_the_same_samples_give_the_same_files(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name)
-    for suffix in ("tar", "idx", "parquet"):
-        one, other = ((tmp_path / name / f"shard-0.{suffix}").read_bytes() for name in ("a", "b"))
-        assert one == other
+def test_a_write_that_was_cut_short_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path)
+    write_all, write_some = os.writev, os.write
+    monkeypatch.setattr(os, "writev", lambda descriptor, buffers: write_all(descriptor, buffers[:3]))
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write_some(descriptor, data[:1000]))
+    assert write(tmp_path) == whole
 
 
-def test_the_parquet_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    replace = Path.replace
-
-    def noted(self: Path, target: Path) -> Path:
-        order.append(Path(target).suffix)
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", noted)
-    write(tmp_path)
-    assert order == [".tar", ".idx", ".parquet"]
+def test_a_full_disk_is_an_error() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this machine")
+    headers = tar_headers(keys_of(np.array([1], np.uint64)), np.array([3], np.uint64))
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        write_members(file.fileno(), headers, [(b"", b"abc")])
 
 
-def test_a_failure_while_the_tar_is_written_leaves_nothing(tmp_path: Path) -> None:
-    def failing() -> Iterator[tuple[str, bytes]]:
-        yield from SAMPLES[:3]
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_shard(tmp_path, "shard-0", failing(), columns(len(SAMPLES)))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failure_before_the_parquet_leaves_no_commit_and_a_rerun_mends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_table", fail)
-        with pytest.raises(OSError, match="No space left"):
-            write(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0.idx", "shard-0.tar"]
-    record = write(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0.idx", "shard-0.parquet", "shard-0.tar"]
-    assert hashlib.sha256((tmp_path / "shard-0.tar").read_bytes()).hexdigest() == record.sha256
+@pytest.mark.parametrize("missing", ["tar", "idx", "parquet", "a block"])
+def test_a_shard_is_whole_with_its_three_files_and_all_its_bytes(missing: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    data = write(tmp_path / "shards")
+    (tmp_path / "shards" / "shard-0.parquet").touch()
+    record, work = ShardRecord("shard-0", len(SAMPLES), len(data), ""), WorkFolder(tmp_path)
+    assert is_whole(record, work)
+    if missing == "a block":
+        (tmp_path / "shards" / "shard-0.tar").write_bytes(data[:-512])
+    else:
+        (tmp_path / "shards" / f"shard-0.{missing}").unlink()
+    assert not is_whole(record, work)

@@ -1,57 +1,37 @@
-"""One slide, from file to committed shards: what is stored, what is quarantined, and what a rerun does."""
+"""One slide, from file to rows and payloads: what is stored, what is quarantined, and what is kept."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import tifffile
 
-from sharding import slide_job
+from sharding import stage
+from sharding.encode import encode_patch
+from sharding.estimate import estimate_slide
 from sharding.index import FLAG_OUTSIDE
-from sharding.permute import order_keys
-from sharding.slide_job import SlideJob, SlideRecord, estimate_slide, read_record, run_slide
+from sharding.rows import RAW
+from sharding.slide import Slide
+from sharding.stage import SlideJob, read_record, read_sources, stage_slide
 from sharding.synth import SlideSpec, paint_slide
 
 MakeJob = Callable[..., SlideJob]
 HOW = ["zeroed", "random", "scrambled scan", "no SOI", "second half zeroed", "claims 128 px", "no bytes"]
 
 
-def rows_of(dataset: Path, record: SlideRecord) -> pa.Table:
-    tables = [pq.read_table(dataset / "shards" / f"{shard.name}.parquet") for shard in record.shards]
-    return pa.concat_tables(tables)
-
-
-def stored(dataset: Path, record: SlideRecord) -> dict[tuple[int, int], bytes]:
-    """(row, col) -> payload."""
-    found = {}
-    for row in rows_of(dataset, record).to_pylist():
-        data = (dataset / "shards" / f"{row['shard']}.tar").read_bytes()
-        found[row["row"], row["col"]] = data[row["offset"] : row["offset"] + row["length"]]
-    return found
-
-
-def stamps(dataset: Path) -> dict[str, tuple[int, int]]:
-    files = [p for p in dataset.rglob("*") if p.is_file()]
-    return {str(p.relative_to(dataset)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
-
-
-def contents(dataset: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in (dataset / "shards").iterdir()}
-
-
 @pytest.mark.parametrize("reader", ["cucim", "openslide"])
 def test_every_stored_patch_is_the_jpeg_of_the_slides_own_pixels(
-    reader: str, slides: Any, decoded: Any, make_job: MakeJob, tmp_path: Path
+    reader: str, slides: Any, decoded: Any, make_job: MakeJob, run_slide: Any, stored: Any, tmp_path: Path
 ) -> None:
     picture = decoded(slides["plain"])[0]
     record = run_slide(make_job(slides["plain"], tmp_path, reader=reader))
@@ -62,23 +42,12 @@ def test_every_stored_patch_is_the_jpeg_of_the_slides_own_pixels(
     assert len(found) == record.patches > 20
     for (row, col), payload in found.items():
         own = np.ascontiguousarray(picture[row * 128 : row * 128 + 128, col * 128 : col * 128 + 128])
-        assert payload == simplejpeg.encode_jpeg(own, 85, "RGB", "444")
+        assert payload == encode_patch(own, 85)
 
 
-def test_shards_are_ordered_by_the_key_of_their_sample_ids(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
-    record = run_slide(make_job(slides["plain"], tmp_path, seed=5, patches_per_shard=8))
-    assert len(record.shards) > 2
-    ids = rows_of(tmp_path, record)["sample_id"].to_numpy()
-    assert np.all(np.diff(order_keys(ids, 5).astype(float)) > 0)
-    assert sum(shard.samples for shard in record.shards) == record.patches
-    # Another seed stores the same patches in another order.
-    other = run_slide(make_job(slides["plain"], tmp_path / "other", seed=6, patches_per_shard=8))
-    others = rows_of(tmp_path / "other", other)["sample_id"].to_numpy()
-    assert set(others) == set(ids)
-    assert others.tolist() != ids.tolist()
-
-
-def test_columns_say_where_a_patch_lies_and_how_it_was_read(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
+def test_columns_say_where_a_patch_lies_and_how_it_was_read(
+    slides: Any, make_job: MakeJob, run_slide: Any, rows_of: Any, tmp_path: Path
+) -> None:
     record = run_slide(make_job(slides["fine"], tmp_path, context_px=160, min_tissue=0.3))
     table = rows_of(tmp_path, record)
     for row in table.to_pylist():
@@ -94,7 +63,7 @@ def test_columns_say_where_a_patch_lies_and_how_it_was_read(slides: Any, make_jo
 
 
 def test_sample_ids_and_pixels_do_not_depend_on_the_slides_name_or_place(
-    slides: Any, make_job: MakeJob, tmp_path: Path
+    slides: Any, make_job: MakeJob, run_slide: Any, rows_of: Any, tmp_path: Path
 ) -> None:
     copy = tmp_path / "elsewhere" / "another name.svs"
     copy.parent.mkdir()
@@ -110,7 +79,9 @@ def test_sample_ids_and_pixels_do_not_depend_on_the_slides_name_or_place(
     assert not set(tables[0]["sample_id"].to_pylist()) & set(tables[2]["sample_id"].to_pylist())
 
 
-def test_sample_ids_change_with_spacing_and_size(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
+def test_sample_ids_change_with_spacing_and_size(
+    slides: Any, make_job: MakeJob, run_slide: Any, rows_of: Any, tmp_path: Path
+) -> None:
     ids: list[set[int]] = []
     changes: list[dict[str, Any]] = [{}, {"context_px": 130}, {"mpp": 1.0}]
     for number, options in enumerate(changes):
@@ -142,6 +113,8 @@ def test_exactly_the_patches_over_a_damaged_tile_are_quarantined(
     reader: str,
     slides: Any,
     make_job: MakeJob,
+    run_slide: Any,
+    stored: Any,
     damage_tile: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -164,7 +137,7 @@ def test_exactly_the_patches_over_a_damaged_tile_are_quarantined(
 
 @pytest.mark.parametrize("reader", ["cucim", "openslide"])
 def test_a_slide_that_was_cut_off_gives_its_whole_patches_or_a_reason(
-    reader: str, slides: Any, make_job: MakeJob, tmp_path: Path
+    reader: str, slides: Any, make_job: MakeJob, run_slide: Any, stored: Any, tmp_path: Path
 ) -> None:
     whole = run_slide(make_job(slides["single"], tmp_path / "whole", reader=reader))
     before = stored(tmp_path / "whole", whole)
@@ -188,7 +161,13 @@ def test_a_slide_that_was_cut_off_gives_its_whole_patches_or_a_reason(
 
 @pytest.mark.parametrize("how", ["zeroed", "random", "no bytes"])
 def test_a_damaged_overview_quarantines_nothing(
-    how: str, slides: Any, make_job: MakeJob, damage_tile: Callable[..., Path], tmp_path: Path
+    how: str,
+    slides: Any,
+    make_job: MakeJob,
+    run_slide: Any,
+    stored: Any,
+    damage_tile: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     before = stored(tmp_path / "whole", run_slide(make_job(slides["plain"], tmp_path / "whole")))
     path = damage_tile(slides["plain"], tmp_path / "bad.svs", 1, 0, 0, how)
@@ -201,7 +180,7 @@ def test_a_damaged_overview_quarantines_nothing(
 
 
 def test_damage_on_a_slide_of_one_level_plans_no_glass(
-    slides: Any, make_job: MakeJob, damage_tile: Callable[..., Path], tmp_path: Path
+    slides: Any, make_job: MakeJob, run_slide: Any, stored: Any, damage_tile: Callable[..., Path], tmp_path: Path
 ) -> None:
     before = stored(tmp_path / "whole", run_slide(make_job(slides["single"], tmp_path / "whole")))
     path = damage_tile(slides["single"], tmp_path / "bad.svs", 0, 1, 1, "zeroed")
@@ -214,7 +193,7 @@ def test_damage_on_a_slide_of_one_level_plans_no_glass(
 
 
 def test_too_many_damaged_patches_quarantine_the_slide_and_leave_no_shard(
-    slides: Any, make_job: MakeJob, damage_tile: Callable[..., Path], tmp_path: Path
+    slides: Any, make_job: MakeJob, run_slide: Any, damage_tile: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = damage_tile(slides["plain"], tmp_path / "bad.svs", 0, 1, 2, "zeroed")
     total = run_slide(make_job(path, tmp_path / "a")).patches + 4
@@ -227,7 +206,7 @@ def test_too_many_damaged_patches_quarantine_the_slide_and_leave_no_shard(
 
 
 def test_without_spacing_a_slide_is_quarantined_unless_native_or_stated(
-    slides: Any, make_job: MakeJob, tmp_path: Path
+    slides: Any, make_job: MakeJob, run_slide: Any, stored: Any, rows_of: Any, tmp_path: Path
 ) -> None:
     record = run_slide(make_job(slides["unspaced"], tmp_path / "a"))
     assert (record.status, record.patches) == ("quarantined", 0)
@@ -253,20 +232,22 @@ def test_a_slide_that_cannot_be_used_becomes_a_record_with_its_reason(
     options: dict[str, Any], reason: str, slides: Any, make_job: MakeJob, tmp_path: Path
 ) -> None:
     job = make_job(slides["plain"], tmp_path, **options)
-    record = run_slide(job)
+    record = stage_slide(job)
     assert record.status == "quarantined"
     assert reason in record.reason
     assert estimate_slide(job).reason == record.reason
     assert read_record(job) == record
 
 
-def test_a_very_coarse_spacing_plans_as_any_other(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_very_coarse_spacing_plans_as_any_other(
+    slides: Any, make_job: MakeJob, run_slide: Any, tmp_path: Path
+) -> None:
     record = run_slide(make_job(slides["plain"], tmp_path, mpp=None, mpp_override=10.0))
     assert (record.status, record.mpp) == ("done", 10.0)
     assert record.patches > 0
 
 
-def test_no_slide_files_are_a_record_too(make_job: MakeJob, slides: Any, tmp_path: Path) -> None:
+def test_no_slide_files_are_a_record_too(make_job: MakeJob, run_slide: Any, slides: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.svs"
     text.write_text("no slide")
     record = run_slide(make_job(text, tmp_path / "a"))
@@ -279,85 +260,9 @@ def test_no_slide_files_are_a_record_too(make_job: MakeJob, slides: Any, tmp_pat
     assert "changed while the run was under way" in run_slide(changed).reason
 
 
-def test_a_full_disk_is_the_runs_failure_and_not_the_slides(
-    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_of_the_scanner_or_the_patient_reaches_the_shards(
+    make_job: MakeJob, run_slide: Any, tmp_path: Path
 ) -> None:
-    job = make_job(slides["plain"], tmp_path)
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "shards" / "x.tar"))
-
-    monkeypatch.setattr(slide_job, "write_shard", full)
-    with pytest.raises(OSError, match="No space left"):
-        run_slide(job)
-    assert read_record(job) is None
-
-
-def test_a_second_run_does_nothing(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(slides["plain"], tmp_path)
-    record = run_slide(job)
-    before = stamps(tmp_path)
-    assert run_slide(job) == record
-    assert stamps(tmp_path) == before
-
-
-@pytest.mark.parametrize("suffix", ["tar", "idx", "parquet"])
-def test_a_missing_file_of_a_shard_is_made_again(suffix: str, slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(slides["plain"], tmp_path)
-    record = run_slide(job)
-    before = contents(tmp_path)
-    (tmp_path / "shards" / f"{record.shards[-1].name}.{suffix}").unlink()
-    again = run_slide(job)
-    assert replace(again, seconds=0.0) == replace(record, seconds=0.0)
-    assert contents(tmp_path) == before
-
-
-def test_a_tar_that_was_cut_short_is_made_again(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(slides["plain"], tmp_path)
-    tar = tmp_path / "shards" / f"{run_slide(job).shards[0].name}.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:-512])
-    run_slide(job)
-    assert tar.read_bytes() == whole
-
-
-def test_a_run_that_died_between_shards_ends_the_same(
-    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_slide(make_job(slides["plain"], tmp_path / "whole"))
-    job = make_job(slides["plain"], tmp_path / "died")
-    write_shard = slide_job.write_shard
-    calls = []
-
-    def die(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return write_shard(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(slide_job, "write_shard", die)
-        with pytest.raises(KeyboardInterrupt):
-            run_slide(job)
-    assert read_record(job) is None
-    run_slide(job)
-    assert contents(tmp_path / "died") == contents(tmp_path / "whole")
-
-
-def test_an_estimate_counts_what_a_run_writes_and_writes_nothing(
-    slides: Any, make_job: MakeJob, tmp_path: Path
-) -> None:
-    job = make_job(slides["plain"], tmp_path)
-    estimate = estimate_slide(job)
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
-    record = run_slide(job)
-    assert (estimate.patches, estimate.mpp, estimate.reader) == (record.patches, record.mpp, record.reader)
-    assert estimate.shards == len(record.shards)
-    written = sum(shard.bytes for shard in record.shards)
-    assert abs(estimate.bytes / written - 1) < 0.25
-
-
-def test_nothing_of_the_scanner_or_the_patient_reaches_the_shards(make_job: MakeJob, tmp_path: Path) -> None:
     spec = SlideSpec(seed=3, width_px=1024, height_px=1024)
     paint_slide(spec, tmp_path)
     with tifffile.TiffFile(tmp_path / "synth-0000.svs") as tiff:
@@ -382,3 +287,149 @@ def test_nothing_of_the_scanner_or_the_patient_reaches_the_shards(make_job: Make
             text = json.dumps(pq.read_table(file).to_pylist(), default=str)
             assert "SECRETUSER" not in text
             assert str(tmp_path) not in text
+
+
+def test_a_full_disk_is_the_runs_failure_and_not_the_slides(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(slides["plain"], tmp_path)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "x.payloads"))
+
+    monkeypatch.setattr(stage, "encode_patch", full)
+    with pytest.raises(OSError, match="No space left"):
+        stage_slide(job)
+    assert read_record(job) is None
+    assert [path.name for path in (tmp_path / ".work" / "slides").iterdir()] == []
+
+
+def test_a_staged_slide_is_not_staged_again(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(slides["plain"], tmp_path)
+    record = stage_slide(job)
+    monkeypatch.setattr(stage, "open_slide", None)
+    assert stage_slide(job) == read_record(job) == record
+
+
+def test_a_record_of_another_spacing_or_digest_or_without_its_rows_is_no_record(
+    slides: Any, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(slides["plain"], tmp_path)
+    stage_slide(job)
+    assert read_record(replace(job, mpp_override=0.25)) is None
+    assert read_record(replace(job, md5="0" * 32)) is None
+    job.work.rows(job.name).unlink()
+    assert read_record(job) is None
+    assert stage_slide(job).status == "done"
+
+
+STEPS = ["payloads", "sources.json", "rows.npy", "json"]
+
+
+@pytest.mark.parametrize("last", STEPS)
+def test_a_death_before_any_file_of_a_staged_slide_is_made_good(
+    last: str, slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_slide(whole := make_job(slides["plain"], tmp_path / "whole"))
+    job = make_job(slides["plain"], tmp_path / "died")
+    rename = Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        if Path(target).name == f"{job.name}.{last}":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            stage_slide(job)
+    assert read_record(job) is None
+    # They appear in this order, each whole, and nothing else is left.
+    names = [f"{job.name}.{step}" for step in STEPS]
+    folders = job.work.path / "slides", whole.work.path / "slides"
+    assert sorted(p.name for p in folders[0].iterdir()) == sorted(names[: STEPS.index(last)])
+    stage_slide(job)
+    for name in names[:-1]:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_rows_say_where_the_bytes_of_a_patch_lie(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
+    """Copies lie in the slide, encoded patches in the work folder; the crc32 is that of the whole payload."""
+    for options, route in (({"context_px": 256, "stride_px": 256}, "copy"), ({}, "decode")):
+        job = make_job(slides["plain"], tmp_path / route, **options)
+        record = stage_slide(job)
+        rows, (source,) = np.load(job.work.rows(job.name)), read_sources(job.work, job.name)
+        assert len(rows) == record.patches > 0
+        assert (source.route, source.slide_id, source.fingerprint) == (route, "slide", job.fingerprint)
+        path = Path(job.path) if route == "copy" else job.work.payloads(job.name)
+        assert source.path == (job.path if route == "copy" else "")
+        assert source.size_bytes == path.stat().st_size
+        data = path.read_bytes()
+        for row in rows:
+            payload = bytes.fromhex(source.heads[row["head"]]) + data[row["offset"] :][: row["length"]]
+            assert zlib.crc32(payload) == row["crc32"]
+            assert simplejpeg.decode_jpeg(payload, strict=True).shape == (job.options.context_px,) * 2 + (3,)
+
+
+def test_without_a_check_no_tile_is_read(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = make_job(slides["plain"], tmp_path / "checked", context_px=256, stride_px=256)
+    job = make_job(slides["plain"], tmp_path / "unchecked", context_px=256, stride_px=256, check_tiles=False)
+    record = stage_slide(checked)
+    monkeypatch.setattr(Slide, "copy_tile", None)
+    monkeypatch.setattr(stage, "read_patch", None)
+    found = stage_slide(job)
+    assert replace(found, seconds=0.0) == replace(record, seconds=0.0)
+    rows, proven = np.load(job.work.rows(job.name)), np.load(checked.work.rows(checked.name))
+    assert set(rows["head"]) == {RAW}
+    assert set(rows["crc32"]) == {0}
+    assert np.array_equal(rows["sample_id"], proven["sample_id"])
+    # The tile as the TIFF states it: what is proven is its scan, at its end.
+    assert np.array_equal(rows["offset"] + rows["length"], proven["offset"] + proven["length"])
+
+
+def test_a_kept_plan_is_taken_and_another_ones_is_not(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    made = []
+    plan_slide = stage.plan_slide
+
+    def noted(*args: Any, **keys: Any) -> Any:
+        made.append(args)
+        return plan_slide(*args, **keys)
+
+    monkeypatch.setattr(stage, "plan_slide", noted)
+
+    def planned_anew(slide: str = "plain", **options: Any) -> bool:
+        made.clear()
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert stage_slide(replace(make_job(slides[slide], folder, **options), plans=str(plans))).status == "done"
+        return bool(made)
+
+    assert planned_anew()
+    assert not planned_anew()
+    # What the plan does not depend on may differ.
+    assert not planned_anew(quality=50, seed=3, patches_per_shard=7, check_tiles=False)
+    assert planned_anew(min_tissue=0.4)
+    assert planned_anew(context_px=160)
+    assert planned_anew(mpp_override=0.51)
+    assert planned_anew("single")
+    assert len(list(plans.iterdir())) == 5
+    for path in plans.iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    assert planned_anew()
+    assert not planned_anew()
+
+
+def test_a_kept_plan_gives_the_same_rows(slides: Any, make_job: MakeJob, tmp_path: Path) -> None:
+    jobs = [replace(make_job(slides["plain"], tmp_path / name), plans=str(tmp_path)) for name in ("a", "b")]
+    for job in jobs:
+        stage_slide(job)
+    one, other = (np.load(job.work.rows(job.name)) for job in jobs)
+    assert one.tobytes() == other.tobytes()
+    assert jobs[0].work.qc("slide").read_bytes() == jobs[1].work.qc("slide").read_bytes()
