@@ -283,13 +283,8 @@ class TiffTiles:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) < length:
-<<<<<<< HEAD
-            raise TileDefectError(f"is cut off: {len(data)} of {length} bytes are in the file")
-        if page.codec == "libjpeg" and data[:2] != _SOI:
-=======
             raise TileDefectError(f"is cut off: {inside} of {length} bytes are in the file")
-        if data[:2] != _SOI:
->>>>>>> 13affad391ab34fcc52d4c863118baab2304dc82
+        if page.codec == "libjpeg" and data[:2] != _SOI:
             raise TileDefectError(f"is no JPEG: it starts with {data[:2].hex()}")
         return data
 
