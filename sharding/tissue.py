@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
@@ -62,13 +63,19 @@ class TissueMask:
 
         Exact for the piecewise constant mask: the integral image is interpolated at the rectangle's corners.
         """
-        integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
-        np.cumsum(self.mask, axis=1, dtype=np.int32, out=integral[1:, 1:])
-        np.cumsum(integral, axis=0, out=integral)
         left, right = (_corner(x / self.cell_x_px0, self.mask.shape[1]) for x in (x0, x0 + width_px0))
         top, bottom = (_corner(y / self.cell_y_px0, self.mask.shape[0]) for y in (y0, y0 + height_px0))
-        area = _at(integral, bottom, right) - _at(integral, top, right)
-        area -= _at(integral, bottom, left) - _at(integral, top, left)
+        # Of the integral image only the rows are made in which corners lie, and those after them.
+        edges = np.unique(np.concatenate([top[0], top[0] + 1, bottom[0], bottom[0] + 1]))
+        integral = np.zeros((len(edges), self.mask.shape[1] + 1), np.int32)
+        starts = np.append(0, edges)
+        strips = np.add.reduceat(self.mask[: edges[-1]].view(np.uint8), starts[:-1], axis=0, dtype=np.int32)
+        strips[starts[1:] == starts[:-1]] = 0  # reduceat gives the row itself where there is none
+        np.cumsum(np.cumsum(strips, axis=0), axis=1, out=integral[:, 1:])
+        (i1, u1), (i2, u2) = top, bottom
+        upper, lower = (np.searchsorted(edges, i1), u1), (np.searchsorted(edges, i2), u2)
+        area = _at(integral, lower, right) - _at(integral, upper, right)
+        area -= _at(integral, lower, left) - _at(integral, upper, left)
         cells = (width_px0 / self.cell_x_px0) * (height_px0 / self.cell_y_px0)
         return np.clip(area / cells, 0.0, 1.0).astype(np.float32)
 
@@ -152,14 +159,24 @@ def tissue_of(
 
 
 def _otsu(rgb: Pixels) -> tuple[BoolArray, int]:
-    value, ink = saturation(rgb), is_ink(rgb)
-    usable = value[~ink]
+    value, usable = saturation(rgb), ~is_ink(rgb)
+    # Pillow's histogram is several times as fast as numpy's.
+    counts = np.array(Image.fromarray(value).histogram(Image.fromarray(usable.view(np.uint8) * 255)))
+    present = np.flatnonzero(counts)
     threshold = _MIN_SATURATION
-    if usable.size and usable.min() < usable.max():
-        otsu = int(threshold_otsu(usable))
-        glass = float(np.median(usable[usable <= otsu]))
+    if len(present) > 1:
+        values = np.arange(present[0], present[-1] + 1)
+        otsu = int(threshold_otsu(hist=(counts[values], values)))
+        glass = _median(counts[: otsu + 1])
         threshold = max(threshold, int(glass + _OTSU_SHARE * (otsu - glass)))
-    return (value > threshold) & ~ink, threshold
+    return (value > threshold) & usable, threshold
+
+
+def _median(counts: npt.NDArray[np.int64]) -> float:
+    """The median of values 0, 1, 2, ... of which there are so many each."""
+    below = np.cumsum(counts)
+    middle = np.searchsorted(below, [(below[-1] + 1) // 2, below[-1] // 2 + 1])
+    return float(middle.mean())
 
 
 def _clam(rgb: Pixels) -> tuple[BoolArray, int]:
