@@ -26,7 +26,7 @@ from engine.slide_list import ListedSlide, absolute, list_slides, subset
 from engine.tcga import barcode_columns
 from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
-from sharding.estimate import Estimate, EstimateJob, not_planned
+from sharding.estimate import Estimate, EstimateJob, expected_shards, not_planned
 from sharding.groups import make_groups
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
@@ -159,7 +159,7 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     estimates.sort(key=lambda estimate: estimate.slide_id)
     shards = 0
     for group in make_groups(jobs, options):
-        shards += -(-sum(by_name[job.name].patches for job in group.jobs) // options.patches_per_shard)
+        shards += expected_shards(sum(by_name[job.name].patches for job in group.jobs), options.patches_per_shard)
     bad = [e for e in estimates if e.reason]
     copied = sum(e.patches_copied for e in estimates)
     from engine.runtime import usable_cores
