@@ -223,7 +223,7 @@ def child(out, fatal):
 
     if fatal:
         sys.addaudithook(watch)
-    recipe = ShardRecipe(slides=slides, out=out, workers=1, patches_per_shard=8, reader="openslide")
+    recipe = ShardRecipe(slides=slides, out=out, workers=1, patches_per_shard=16, reader="openslide")
     os._exit(0 if shard.run(recipe, local=True)["patches"]["copy"] else 1)
 
 def in_child(out, fatal):
@@ -272,6 +272,7 @@ def test_a_run_that_dies_before_any_of_its_writes_is_finished_by_the_next(slides
     assert done.returncode == 0, done.stderr[-3000:]
     *wrong, last = done.stdout.splitlines()
     assert wrong == []
+    print(last)
     assert int(last.removeprefix("deaths ")) > 30
 
 

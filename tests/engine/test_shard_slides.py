@@ -117,7 +117,7 @@ def test_a_set_of_nothing_but_broken_slides_is_an_empty_dataset_that_verifies(
 def _spoil_tile(path: Path, number: int) -> None:
     """Take a tile's SOI: it can be neither decoded nor copied."""
     with tifffile.TiffFile(path) as tiff:
-        offset = tiff.pages[0].dataoffsets[number]  # type: ignore[union-attr]
+        offset = tiff.pages[0].dataoffsets[number]
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(b"\0\0")
