@@ -31,6 +31,7 @@ RESULTS = Path("benchmarks/results")
 BENCHES = ("shard",)
 _WIDTH = 120
 _SHOWN_RUNS = 10
+_QUIET = 0.9  # of a core
 
 
 def run(
@@ -57,7 +58,7 @@ def run(
         raise UsageError(f"there is no benchmark {bench!r}; known: {', '.join(BENCHES)}.")
     if rounds < 1:
         raise UsageError(f"rounds={rounds}: expected 1 or more.")
-    with tempfile.TemporaryDirectory(prefix="engine-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="engine-bench-", ignore_cleanup_errors=True) as folder:
         place = Path(folder) if work is None else work.expanduser().resolve()
         place.mkdir(parents=True, exist_ok=True)
         measured = _measure(
@@ -203,7 +204,9 @@ def describe(result: dict[str, Any]) -> str:
         for peer, ratio in case["ratio_to"].items():
             table.add_row("", "", "", "", peer, f"{ratio:.4g}", _range(spread[peer]))
     where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}"
-    return f"{where}\n{_text(table)}appended to {result['file']}"
+    share = min((share for case in result["cases"] for share in case.get("cpu_share", {}).values()), default=1.0)
+    note = f"others used the core (we had {share:.0%} of it): trust the ratios, not the rates\n"
+    return f"{where}\n{_text(table)}{note if share < _QUIET else ''}appended to {result['file']}"
 
 
 def describe_history(result: dict[str, Any]) -> str:

@@ -188,7 +188,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="the page; DATASET/report.html by default")] = None,
     json: Json = False,
 ) -> None:
-    """Write one offline HTML page on a dataset: pictures, counts, spacings, failures, throughput, versions."""
+    """Write one offline HTML page about a dataset: totals, failures, distributions, and each slide with its picture."""
 
     def work() -> tuple[dict[str, Any], str]:
         from engine import report as verb
@@ -199,49 +199,48 @@ def report(
     _finish(*_guard(work), json)
 
 
-bench = typer.Typer(
-    help="Throughput beside peers, measured in one run and kept.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(bench, name="bench")
-Results = Annotated[Path, typer.Option(help="folder that keeps the results of every run")]
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench", help="Measure throughput beside peers, and follow it over time.")
+Results = Annotated[Path, typer.Option(help="folder of the history")]
+_RESULTS = Path("benchmarks/results")
 
 
-@bench.command(name="shard", epilog="Example: engine bench shard --cases copy_420,plan --work bench-work")
+@bench.command("shard", epilog="Example: engine bench shard --work /scratch/bench --cases copy_420,plan")
 def bench_shard(
-    cases: Annotated[str, typer.Option(help="case,case,... ; all by default")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of each case; each value is their median")] = 7,
-    quick: Annotated[bool, typer.Option("--quick", help="small slides, to see that everything runs")] = False,
-    work: Annotated[Path | None, typer.Option(help="folder for painted slides; else a temporary one")] = None,
-    results: Results = Path("benchmarks/results"),
+    cases: Annotated[str, typer.Option(help="names with commas between; all where it is left out")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="counted rounds a case; values are their medians")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="small slides: shows that it runs, measures nothing")] = False,
+    work: Annotated[Path | None, typer.Option(help="folder where painted slides stay; a temporary one")] = None,
+    results: Results = _RESULTS,
     json: Json = False,
 ) -> None:
-    """Slides to shards beside OpenSlide + PIL, cuCIM + simplejpeg and sendfile, on one core, as ratios."""
+    """Measure slides to shards beside OpenSlide, cuCIM and sendfile, on one core; ratios are of the same round."""
 
-    def run() -> tuple[dict[str, Any], str]:
+    def work_() -> tuple[dict[str, Any], str]:
         from engine import bench as verb
 
         names = [name.strip() for name in cases.split(",") if name.strip()]
         result = verb.run("shard", cases=names, rounds=rounds, quick=quick, work=work, results=results)
         return result, verb.describe(result)
 
-    _finish(*_guard(run), json)
+    _finish(*_guard(work_, go_on="painted slides stay in --work"), json)
 
 
-@bench.command(name="compare", epilog="Example: engine bench compare --bench shard")
+@bench.command("compare", epilog="Example: engine bench compare")
 def bench_compare(
-    bench_name: Annotated[str, typer.Option("--bench", help="which benchmark's history")] = "shard",
-    results: Results = Path("benchmarks/results"),
+    name: Annotated[str, typer.Option("--bench", help="which history: shard, or shard-quick")] = "shard",
+    results: Results = _RESULTS,
     json: Json = False,
 ) -> None:
-    """The history of a benchmark as ratios, hardware by hardware."""
+    """Show the history of a benchmark as ratios, each hardware by itself."""
 
-    def run() -> tuple[dict[str, Any], str]:
+    def work() -> tuple[dict[str, Any], str]:
         from engine import bench as verb
 
-        result = verb.compare(results, bench_name)
+        result = verb.compare(results, name)
         return result, verb.describe_history(result)
 
-    _finish(*_guard(run), json)
+    _finish(*_guard(work), json)
 
 
 @app.command(epilog="Example: engine doctor")

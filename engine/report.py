@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from engine.figures import Histogram, as_duration, as_number, as_share, as_size, binned, histogram
 from sharding.atomic import atomic_path
 from sharding.dataset import RESERVED_COLUMNS
 from sharding.index import FLAG_OUTSIDE, DatasetDamagedError, read_meta
@@ -38,7 +38,6 @@ _MAX_PICTURES_BYTES = 6_000_000  # pictures that are larger together are reduced
 _REDUCED_PX = 288
 _REDUCED_QUALITY = 45
 _BATCH_ROWS = 1 << 18
-_MIN_BARS, _MAX_BARS = 12, 24
 _FLAG_NAMES = {FLAG_OUTSIDE: "reaches beyond the slide", 2: "white", 4: "blurred"}
 _FRACTION_EDGES = np.linspace(0.0, 1.0, 21)
 
@@ -100,10 +99,13 @@ class _Log:
 def run(dataset: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the page to `out` (DATASET/report.html where None), atomically: {"report", "slides", "bytes"}.
 
-    Raises ValueError where there is no finished dataset, DatasetDamagedError where its lists contradict each other.
+    Raises ValueError where there is no finished dataset or no folder for the page, DatasetDamagedError where the
+    dataset's lists are damaged or contradict each other.
     """
     meta = read_meta(dataset)
     out = dataset / "report.html" if out is None else out
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"out={out}: expected a file in a folder that exists.")
     with _intact(dataset / "slides.parquet") as path:
         slides, further = _read_slides(path)
     with _intact(dataset / "index.parquet") as path:
@@ -116,14 +118,14 @@ def run(dataset: Path, out: Path | None = None) -> dict[str, Any]:
     log = _read_log(dataset / "log.jsonl")
     _complete(slides, sums, log, meta["recipe"].get("stride_px"))
     listed = _chosen(slides, _MAX_LISTED)
-    reduced = _add_pictures(_chosen(listed, _MAX_PICTURES), dataset / "qc")
+    reduced = _add_pictures(listed, dataset / "qc")
 
     folder = files("engine") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     environment = Environment(
         loader=PackageLoader("engine"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "share": _share, "size": _size, "duration": _duration}
+    environment.filters |= {"number": as_number, "share": as_share, "size": as_size, "duration": as_duration}
     page = environment.get_template("report.html").stream(
         name=dataset.resolve().name,
         meta=meta,
@@ -195,17 +197,15 @@ def _read_slides(path: Path) -> tuple[list[_Slide], list[str]]:
 
 def _without_places(reason: str, path: str, slide_id: str) -> str:
     """`reason` without the slide's path and file name (which may name a patient) and without any other path."""
-    if not reason:
-        return ""
+    if not reason or not path:
+        return reason
     file = Path(path)
-    folder = re.escape(str(file.parent)) + "/" if file.parent != Path(file.root) else "(?!)"
-    known = "|".join(re.escape(place) for place in (path, file.name) if place) or "(?!)"
-    other = r"(?<![\w.%)])/(?:[^\s/:,;'\"()]+/)+[^\s:,;'\"()]*"
-
-    def said(match: re.Match[str]) -> str:
-        return slide_id if match["known"] else "[path]" if match["other"] else ""
-
-    return re.sub(f"(?P<known>{known})|{folder}|(?P<other>{other})", said, reason)
+    rest = r"[^\s:,;'\"()]*"
+    # The file, the folder of its name beside it (MRXS), its name; then what is in its folder, and any other path.
+    slide = f"{re.escape(path)}|{re.escape(str(file.parent / file.stem))}(?=/)|{re.escape(file.name)}"
+    folder = re.escape(f"{file.parent}/") + rest if file.parent != Path(file.root) else "(?!)"
+    other = rf"(?<![\w.%)])/(?:[^\s/:,;'\"()]+/)+{rest}"
+    return re.sub(f"({slide})|{folder}|{other}", lambda match: slide_id if match[1] else "[path]", reason)
 
 
 def _read_index(path: Path, slide_ids: Sequence[str]) -> _IndexSums:
@@ -251,8 +251,8 @@ def _read_log(path: Path) -> _Log | None:
             try:
                 entry = json.loads(line)
                 if "seconds" in entry and "slide_id" in entry:
-                    log.patches[entry["slide_id"]] = int(entry["patches"])
-                    log.seconds[entry["slide_id"]] = float(entry["seconds"])
+                    patches, seconds = int(entry["patches"]), float(entry["seconds"])
+                    log.patches[entry["slide_id"]], log.seconds[entry["slide_id"]] = patches, seconds
             except (ValueError, TypeError, KeyError):  # an interrupted writer leaves half a line
                 log.unreadable += 1
     return log
@@ -286,9 +286,11 @@ def _spaced(slides: list[_Slide], most: int) -> list[_Slide]:
 
 def _add_pictures(slides: list[_Slide], folder: Path) -> bool:
     """Inline the pictures that are there: as they are, or reduced (True) where all of them together are too large."""
-    found = [(slide, path) for slide in slides if (path := folder / qc_name(slide.slide_id)).is_file()]
-    reduce = sum(path.stat().st_size for _, path in found) > _MAX_PICTURES_BYTES
-    for slide, path in found:
+    paths = {slide.slide_id: folder / qc_name(slide.slide_id) for slide in slides}
+    pictured = _chosen([slide for slide in slides if paths[slide.slide_id].is_file()], _MAX_PICTURES)
+    reduce = sum(paths[slide.slide_id].stat().st_size for slide in pictured) > _MAX_PICTURES_BYTES
+    for slide in pictured:
+        path = paths[slide.slide_id]
         data = _reduced(path) if reduce else path.read_bytes()
         slide.picture = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
     return reduce
@@ -304,111 +306,15 @@ def _reduced(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-# --- charts
-
-
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    """A histogram, drawn in a box of 100 x 100: bars (x, width, height, what it says), ticks (x, label)."""
-
-    title: str
-    summary: str
-    highest: str
-    bars: list[tuple[float, float, float, str]]
-    ticks: list[tuple[float, str]]
-
-
-def _charts(slides: list[_Slide], sums: _IndexSums) -> list[_Chart]:
+def _charts(slides: list[_Slide], sums: _IndexSums) -> list[Histogram]:
     done = [slide for slide in slides if slide.status != "quarantined"]
     return [
-        _histogram("Patches a slide", "slide", *_binned([s.patches for s in done])),
-        _histogram("Spacing of level 0, µm/px", "slide", *_binned([s.mpp for s in done if s.mpp is not None])),
-        _histogram("Tissue, share of the slide", "slide", *_binned([s.tissue for s in done if s.tissue is not None])),
-        _histogram("Tissue, share of the patch", "patch", _FRACTION_EDGES, sums.fractions),
-        _histogram("Seconds a slide", "slide", *_binned([s.seconds for s in slides if s.seconds is not None])),
+        histogram("Patches a slide", "slide", *binned([s.patches for s in done])),
+        histogram("Spacing of level 0, µm/px", "slide", *binned([s.mpp for s in done if s.mpp is not None])),
+        histogram("Tissue, share of the slide", "slide", *binned([s.tissue for s in done if s.tissue is not None])),
+        histogram("Tissue, share of the patch", "patch", _FRACTION_EDGES, sums.fractions),
+        histogram("Seconds a slide", "slide", *binned([s.seconds for s in slides if s.seconds is not None])),
     ]
-
-
-def _binned(values: Sequence[float]) -> tuple[FloatArray, IntArray]:
-    """Edges [n + 1] at round numbers and counts [n] of the bins of values that are not negative; none for no values."""
-    if not values:
-        return np.zeros(1), np.zeros(0, np.int64)
-    low, high = min(values), max(values)
-    width = _round_up((high - low) / _MAX_BARS or abs(high) / _MIN_BARS or 1.0)
-    if all(isinstance(value, int) for value in values):
-        width = max(1.0, width)
-    first, last = math.floor(low / width), math.floor(high / width) + 1
-    margin = max(0, _MIN_BARS - (last - first)) // 2
-    edges = width * np.arange(max(0, first - margin), last + margin + 1)
-    return edges, np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-
-
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
-
-
-def _histogram(title: str, unit: str, edges: FloatArray, counts: IntArray) -> _Chart:
-    total, num_bars = int(counts.sum()), len(counts)
-    if not total:
-        return _Chart(title, "", "", [], [])
-    most, width = int(counts.max()), 100 / num_bars
-    bars = [
-        (i * width, width, 100 * int(n) / most, _bar_text(edges, i, int(n), unit)) for i, n in enumerate(counts) if n
-    ]
-    every = -(-num_bars // 4)
-    ticks = [(i * width, _number(float(edges[i]))) for i in range(0, num_bars + 1, every)]
-    highest = _bar_text(edges, int(counts.argmax()), most, unit)
-    summary = f"Histogram of {_count(total, unit)}; the highest bar is {highest}."
-    return _Chart(title, summary, f"up to {_count(most, unit)}", bars, ticks)
-
-
-def _bar_text(edges: FloatArray, i: int, count: int, unit: str) -> str:
-    return f"{_number(float(edges[i]))} to {_number(float(edges[i + 1]))}: {_count(count, unit)}"
-
-
-# --- words
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-
-
-def _count(count: int, unit: str) -> str:
-    plural = {"patch": "patches"}.get(unit, f"{unit}s")
-    return f"{_number(count)} {unit if count == 1 else plural}"
-
-
-def _share(value: float | None) -> str:
-    """A share as per cent; what is not nothing does not look like nothing, what is not all not like all."""
-    if value is None:
-        return "–"
-    if 0 < value < 0.001:
-        return "< 0.1 %"
-    if 0.999 < value < 1:
-        return "> 99.9 %"
-    return f"{100 * value:.3g} %"
-
-
-def _size(value: int) -> str:
-    power = min(5, (len(str(value)) - 1) // 3)
-    return f"{_three(value / 1000**power)} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{_three(seconds)} s"
-    return f"{_three(seconds / 60)} min" if seconds < 7200 else f"{_three(seconds / 3600)} h"
-
-
-def _three(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _csp_hash(script: str) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sharding.jpeg import NotCopyableError, TileHeader
-from sharding.tiff_tiles import JpegTiles, TileCopy, TileDefectError
+from sharding.tiff_tiles import TiffTiles, TileCopy, TileDefectError
 
 ReaderName = Literal["auto", "cucim", "openslide"]
 Pixels = npt.NDArray[np.uint8]
@@ -138,14 +138,14 @@ def dicom_series(path: Path) -> str | None:
 
 
 class Slide:
-    """An open slide. Every pixel of a JPEG-tiled TIFF that it returns comes from data that a strict decoder accepted.
+    """An open slide. Every pixel of a tiled TIFF that it returns comes from data that a strict decoder accepted.
 
-    `tiles` proves JPEG tiles before `reader` reads them; with `decodes_tiles` their pixels are taken from that proof,
-    and the reader serves only tiles that cannot be decoded by themselves. Without `tiles` (other compressions and
-    formats) OpenSlide's own errors are all the proof there is.
+    `tiles` proves the TIFF's tiles before `reader` reads them; with `decodes_tiles` their pixels are taken from that
+    proof, and the reader serves only JPEG tiles that cannot be decoded by themselves. Without `tiles` (other
+    compressions and formats) OpenSlide's own errors are all the proof there is.
     """
 
-    def __init__(self, path: Path, reader: Reader, tiles: JpegTiles | None, *, decodes_tiles: bool = False) -> None:
+    def __init__(self, path: Path, reader: Reader, tiles: TiffTiles | None, *, decodes_tiles: bool = False) -> None:
         self._decodes_tiles = decodes_tiles and tiles is not None
         self.path = path
         self.levels = reader.levels
@@ -154,12 +154,16 @@ class Slide:
 
     @property
     def reader_name(self) -> str:
-        """Who gives the pixels: `libjpeg` (the TIFF's own JPEG tiles), `cucim` or `openslide`."""
-        return "libjpeg" if self._decodes_tiles else self._reader.name
+        """Who gives the pixels: a strict decoder of the TIFF's own tiles (tiff_tiles.Codec), `cucim` or `openslide`."""
+        if self._decodes_tiles:
+            assert self._tiles is not None
+            return self._tiles.codec(0)
+        return self._reader.name
 
     def copies_tiles(self, level: int, size_px: int) -> bool:
         """Whether the level's TIFF tiles are JPEG of size_px x size_px, so that a patch on their grid can be copied."""
-        return self._tiles is not None and self._tiles.tile_size(level) == (size_px, size_px)
+        tiles = self._tiles
+        return tiles is not None and tiles.codec(level) == "libjpeg" and tiles.tile_size(level) == (size_px, size_px)
 
     def copy_tile(self, level: int, column: int, row: int) -> TileCopy | None:
         """TIFF tile (column, row) as a JPEG stream of its own, losslessly; None where it decodes but cannot be copied.
@@ -289,10 +293,10 @@ class Slide:
 def open_slide(path: Path, reader: ReaderName = "auto") -> Slide:
     """Open a slide with the named reader, or with the first that opens it.
 
-    With "auto" the pixels of JPEG-tiled TIFF come from a strict decode of the tiles themselves (JpegTiles), which is
-    check and pixels in one; the reader gives levels and spacing. A named reader reads the pixels too, after the same
-    proof: cuCIM returns stale pixels for a tile that does not decode. It is used for JPEG tiles alone, for it can crash
-    the process on compressions it lacks; OpenSlide reads the rest, and raises by itself.
+    With "auto" the pixels of tiled TIFF come from a strict decode of the tiles themselves (TiffTiles), which is check
+    and pixels in one; the reader gives levels and spacing. A named reader reads the pixels too, after the same proof:
+    cuCIM returns stale pixels for a tile that does not decode. It opens no file that is known to crash it, and none
+    whose tiles cannot be proven; OpenSlide reads the rest, and raises by itself.
 
     Raises UnreadableSlideError with each reader's own reason.
     """
@@ -304,20 +308,23 @@ def open_slide(path: Path, reader: ReaderName = "auto") -> Slide:
     reasons = []
     for name in names:
         try:
-            opened, tiles = _open_cucim(path) if name == "cucim" else _open_openslide(path)
+            opened, tiles = _open_cucim(path, named=reader == "cucim") if name == "cucim" else _open_openslide(path)
             return Slide(path, opened, tiles, decodes_tiles=reader == "auto")
         except UnreadableSlideError as error:
             reasons.append(f"{name}: {error}")
     raise UnreadableSlideError("no reader opens it (" + "; ".join(reasons) + ")")
 
 
-def _open_cucim(path: Path) -> tuple[Reader, JpegTiles | None]:
-    tiles = JpegTiles.open(path)
+def _open_cucim(path: Path, *, named: bool) -> tuple[Reader, TiffTiles | None]:
+    tiles = TiffTiles.open(path)
     if isinstance(tiles, str):
         raise UnreadableSlideError(tiles)
     try:
-        from sharding.readers.cucim_reader import CucimReader
+        from sharding.readers.cucim_reader import CucimReader, refusal
 
+        reason = refusal(tiles.compression, tiles.predicted, pixels=named)
+        if reason:
+            raise UnreadableSlideError(reason)
         reader = CucimReader(path, description=tiles.description, resolution_um=tiles.resolution_um)
     except ImportError as error:
         tiles.close()
@@ -329,11 +336,11 @@ def _open_cucim(path: Path) -> tuple[Reader, JpegTiles | None]:
     if not tiles.match_levels(sizes):
         reader.close()
         tiles.close()
-        raise UnreadableSlideError("its levels are not all JPEG-tiled TIFF pages, so they cannot be proven")
+        raise UnreadableSlideError("its levels are not all TIFF pages whose tiles can be proven")
     return reader, tiles
 
 
-def _open_openslide(path: Path) -> tuple[Reader, JpegTiles | None]:
+def _open_openslide(path: Path) -> tuple[Reader, TiffTiles | None]:
     try:
         from sharding.readers.openslide_reader import OpenSlideReader
 
@@ -347,11 +354,11 @@ def _open_openslide(path: Path) -> tuple[Reader, JpegTiles | None]:
             raise UnreadableSlideError(_one_line(error)) from None
         raise
     # OpenSlide takes an empty tile for background and says nothing; where the tiles can be proven, they are.
-    tiles = JpegTiles.open(path)
-    if isinstance(tiles, JpegTiles) and not tiles.match_levels([(lv.width_px, lv.height_px) for lv in reader.levels]):
+    tiles = TiffTiles.open(path)
+    if isinstance(tiles, TiffTiles) and not tiles.match_levels([(lv.width_px, lv.height_px) for lv in reader.levels]):
         tiles.close()
         tiles = ""
-    return reader, tiles if isinstance(tiles, JpegTiles) else None
+    return reader, tiles if isinstance(tiles, TiffTiles) else None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,7 @@
-"""The JPEG tiles of a TIFF slide as they lie in the file: proven, decoded, or copied.
+"""The tiles of a TIFF slide as they lie in the file: proven, decoded, or copied.
 
-cuCIM hands out stale pixels, even another slide's, for a tile that does not decode. So each tile is decoded strictly
-here (libjpeg-turbo, warnings are errors), which is check and pixels in one. What still decodes after damage (a flipped
-bit inside the entropy-coded data often does) cannot be seen this way.
+cuCIM hands out stale pixels, even another slide's, for a tile that does not decode, and OpenSlide decodes leniently. So
+each tile is decoded strictly here (tile_codecs.py), which is check and pixels in one.
 """
 
 from __future__ import annotations
@@ -12,29 +11,49 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import tifffile
 
 from sharding.jpeg import NotCopyableError, Parts, TileHeader, split, tile_header
+from sharding.tile_codecs import (
+    THREE_WHOLE_8_BIT,
+    TileDefectError,
+    check_jpeg_size,
+    decode_deflate,
+    decode_jpeg,
+    decode_jpeg2000,
+    decode_lzw,
+    jpeg2000_components,
+)
 
 Pixels = npt.NDArray[np.uint8]
+Codec = Literal["libjpeg", "openjpeg", "lzw", "deflate"]
 
-# Decoded tiles that are kept: three rows of tiles of a slide of 130,000 px. A patch larger than a tile can lie on three
-# rows, and the next row of patches meets the last two of them again.
+# Decoded tiles that are kept at most: four rows of tiles of a slide of 100,000 px.
 _CACHE_BYTES = 300 << 20
 _MAX_PAGES = 1000
+_MAX_TILE_PX = 1 << 26  # 8192 x 8192; beyond it a hostile header asks for more memory than there is
 _SOI = b"\xff\xd8"
-_JPEG_COMPRESSION = 7
+# By TIFF compression; 33003 and 33005 are Aperio's JPEG 2000 of YCbCr and RGB.
+_CODECS: dict[int, Codec] = {
+    5: "lzw",
+    7: "libjpeg",
+    8: "deflate",
+    32946: "deflate",
+    33003: "openjpeg",
+    33005: "openjpeg",
+    34712: "openjpeg",
+}
+_APERIO_YCBCR = 33003
+_APERIO_JPEG_2000 = (33003, 33005)
+_HEAD_BYTES = 8192
+_NO_PREDICTOR, _DIFFERENCES = 1, 2
 _PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR = 2, 6
 _SCALED_DECODES = (2, 4, 8)  # of those that libjpeg has, the ones that are means of whole pixels
 _UNIT_UM = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
-
-
-class TileDefectError(ValueError):
-    """A strict decoder rejects the tile; the message says what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +62,17 @@ class _Page:
     height_px: int
     tile_width_px: int
     tile_height_px: int
+    codec: Codec
+    ycbcr: bool  # JPEG 2000: the components are Y, Cb, Cr
+    differences: bool  # LZW and Deflate: predictor 2
     tables: bytes  # JPEGTables without its EOI, b"" where tiles are whole streams
-    header: TileHeader | str  # of standalone tiles, or why they cannot stand alone
+    header: TileHeader | str  # of standalone JPEG tiles, or why there are none
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
+
+    @property
+    def tile_size_px(self) -> tuple[int, int]:
+        return self.tile_width_px, self.tile_height_px
 
     @property
     def columns(self) -> int:
@@ -64,10 +90,23 @@ class TileCopy:
     pixels: Pixels
 
 
-class JpegTiles:
-    """Raw access to the JPEG tiles of every level of one TIFF file."""
+class TiffTiles:
+    """Access to the tiles of every level of one TIFF file.
 
-    def __init__(self, path: Path, pages: list[_Page], description: str, resolution_um: tuple[float, float] | None):
+    `compression` is the first page's; `predicted` are the compressions of pages, tiled or not, with the tag Predictor.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        pages: list[_Page],
+        description: str,
+        resolution_um: tuple[float, float] | None,
+        compression: int,
+        predicted: frozenset[int],
+    ):
+        self.compression = compression
+        self.predicted = predicted
         self.description = description
         self._may_be_sparse = not description.startswith("Aperio")
         self.resolution_um = resolution_um
@@ -80,26 +119,25 @@ class JpegTiles:
         self._decoded_bytes = 0
 
     @classmethod
-    def open(cls, path: Path) -> JpegTiles | str:
-        """The tiles of `path`, or the reason, as text, why it is no JPEG-tiled TIFF."""
+    def open(cls, path: Path) -> TiffTiles | str:
+        """The tiles of `path`, or the reason, as text, why they cannot be proven."""
         try:
             with tifffile.TiffFile(path) as tiff:
-                first = tiff.pages[0]
-                pages = [
-                    _page(page) for page in _chain(tiff) if page.is_tiled and page.compression == _JPEG_COMPRESSION
-                ]
+                chain = list(_chain(tiff))
+                pages = [_page(page) for page in chain]
+                first = chain[0]
                 description, resolution = first.description or "", _resolution_um(first)
-                tiled, compression = first.is_tiled, first.compression
+                predicted = frozenset(int(page.compression) for page in chain if "Predictor" in page.tags)
+                compression = int(first.compression)
         except Exception as error:  # tifffile raises many kinds on hostile files; all mean "not readable here"
             return f"not a readable TIFF ({' '.join(str(error).split()) or type(error).__name__})"
-        if not tiled:
-            return "the TIFF is not tiled"
-        if compression != _JPEG_COMPRESSION:
-            return f"its tiles are not baseline JPEG (TIFF compression {int(compression)})"
-        return cls(path, pages, description, resolution)
+        if isinstance(pages[0], str):
+            return pages[0]
+        provable = [page for page in pages if not isinstance(page, str)]
+        return cls(path, provable, description, resolution, compression, predicted)
 
     def match_levels(self, sizes_px: list[tuple[int, int]]) -> bool:
-        """Put the pages in the order of a reader's levels; False where a level has no JPEG-tiled page."""
+        """Put the pages in the order of a reader's levels; False where a level has none whose tiles can be proven."""
         by_size = {(page.width_px, page.height_px): page for page in reversed(self._pages)}
         if not all(size in by_size for size in sizes_px):
             return False
@@ -120,10 +158,13 @@ class JpegTiles:
         known = index < len(page.offsets) and index < len(page.lengths)
         return known and self._may_be_sparse and page.offsets[index] == page.lengths[index] == 0
 
+    def codec(self, level: int) -> Codec:
+        """Who decodes the level's tiles."""
+        return self._levels[level].codec
+
     def tile_size(self, level: int) -> tuple[int, int]:
         """(width, height) in pixels of the level's tiles."""
-        page = self._levels[level]
-        return page.tile_width_px, page.tile_height_px
+        return self._levels[level].tile_size_px
 
     def defect(self, level: int, column: int, row: int) -> str:
         """Why a strict decoder rejects this tile; empty where it accepts it. Remembered per tile."""
@@ -150,7 +191,7 @@ class JpegTiles:
         parts = self._split(page, data)
         offset = page.offsets[row * page.columns + column] + parts.start
         stream = parts.head + data[parts.start : parts.end]
-        return TileCopy(parts.head, offset, parts.end - parts.start, stream, _strictly(stream))
+        return TileCopy(parts.head, offset, parts.end - parts.start, stream, decode_jpeg(stream))
 
     def ranges(self, level: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """(offset, length) in bytes of each tile of a level in raster order, as the file's tile table says; uint64."""
@@ -165,7 +206,8 @@ class JpegTiles:
     def scales(self, level: int, factor: int) -> bool:
         """Whether the level's tiles can be decoded at 1/factor of their size."""
         page = self._levels[level]
-        return factor in _SCALED_DECODES and page.tile_width_px % factor == page.tile_height_px % factor == 0
+        whole = page.tile_width_px % factor == page.tile_height_px % factor == 0
+        return whole and page.codec == "libjpeg" and factor in _SCALED_DECODES
 
     def read(self, level: int, x1: int, y1: int, x2: int, y2: int, *, factor: int = 1) -> Pixels:
         """Pixels of the half-open rectangle, inside the level: uint8 [(y2 - y1) // factor, (x2 - x1) // factor, 3].
@@ -182,6 +224,9 @@ class JpegTiles:
         if (x2 - x1, y2 - y1, len(columns), len(rows)) == (width, height, 1, 1):
             # One whole tile: neither copied nor kept, for a grid that asks for whole tiles asks for each of them once.
             return self._decode(level, columns[0], rows[0], factor)
+        # The next row of windows meets all but the first of these rows of tiles again. No more is kept than that and
+        # the row that is being filled: memory that goes round is faster than new memory.
+        keep_bytes = min(_CACHE_BYTES, (len(rows) + 1) * page.columns * width * height * 3)
         pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
         for row in rows:
             top = row * height
@@ -189,11 +234,11 @@ class JpegTiles:
             for column in columns:
                 left = column * width
                 xa, xb = max(x1, left), min(x2, left + width)
-                tile = self._tile(level, column, row, factor)
+                tile = self._tile(level, column, row, factor, keep_bytes)
                 pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
         return pixels
 
-    def _tile(self, level: int, column: int, row: int, factor: int) -> Pixels:
+    def _tile(self, level: int, column: int, row: int, factor: int, keep_bytes: int) -> Pixels:
         """A tile at 1/factor of its size, from the cache where it is there. Not to be written to."""
         key = (level, column, row, factor)
         pixels = self._decoded.get(key)
@@ -202,7 +247,7 @@ class JpegTiles:
             return pixels
         pixels = self._decoded[key] = self._decode(level, column, row, factor)
         self._decoded_bytes += pixels.nbytes
-        while self._decoded_bytes > _CACHE_BYTES:
+        while self._decoded_bytes > keep_bytes:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return pixels
 
@@ -213,8 +258,11 @@ class JpegTiles:
         reason = self._defects.get((level, column, row))
         if not reason:
             try:
-                stream = self._standalone(page, self._raw(level, column, row))
-                return _strictly(stream, (page.tile_width_px // factor, page.tile_height_px // factor))
+                data = self._raw(level, column, row)
+                if page.codec != "libjpeg":
+                    return _decode_other(page, data)
+                size_px = (page.tile_width_px // factor, page.tile_height_px // factor)
+                return decode_jpeg(self._standalone(page, data), size_px)
             except TileDefectError as error:
                 reason = self._defects[level, column, row] = str(error)
         raise TileDefectError(f"TIFF tile ({column}, {row}) of level {level} {reason}")
@@ -236,7 +284,7 @@ class JpegTiles:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) < length:
             raise TileDefectError(f"is cut off: {inside} of {length} bytes are in the file")
-        if data[:2] != _SOI:
+        if page.codec == "libjpeg" and data[:2] != _SOI:
             raise TileDefectError(f"is no JPEG: it starts with {data[:2].hex()}")
         return data
 
@@ -255,28 +303,22 @@ class JpegTiles:
 
     @staticmethod
     def _prove(page: _Page, data: bytes) -> None:
+        if page.codec != "libjpeg":
+            _decode_other(page, data)
+            return
         stream = page.tables + data[2:] if page.tables else data
-        expected = (page.tile_width_px, page.tile_height_px)
-        try:
-            # The size first: a damaged header can ask for 12 GB.
-            height_px, width_px = simplejpeg.decode_jpeg_header(stream)[:2]
-        except ValueError as error:
-            raise TileDefectError(f"does not decode: {' '.join(str(error).split())}") from None
-        if (width_px, height_px) != expected:
-            raise TileDefectError(f"decodes to {width_px}x{height_px} px where {expected[0]}x{expected[1]} is expected")
-        _strictly(stream)
+        check_jpeg_size(stream, page.tile_size_px)
+        decode_jpeg(stream)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
-def _strictly(stream: bytes, size_px: tuple[int, int] = (0, 0)) -> Pixels:
-    """The pixels, uint8 [H, W, 3], at the smallest of libjpeg's scales that gives `size_px` (0: its own size)."""
-    try:
-        # `min_factor` by itself scales nothing: it bounds what `min_width` and `min_height` ask for.
-        return simplejpeg.decode_jpeg(stream, "RGB", min_width=size_px[0], min_height=size_px[1], strict=True)
-    except ValueError as error:
-        raise TileDefectError(f"does not decode: {' '.join(str(error).split())}") from None
+def _decode_other(page: _Page, data: bytes) -> Pixels:
+    if page.codec == "openjpeg":
+        return decode_jpeg2000(data, page.tile_size_px, ycbcr=page.ycbcr)
+    decode = decode_lzw if page.codec == "lzw" else decode_deflate
+    return decode(data, page.tile_size_px, differences=page.differences)
 
 
 def _chain(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
@@ -289,24 +331,74 @@ def _chain(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
         yield page
 
 
-def _page(page: tifffile.TiffPage) -> _Page:
-    tables = page.jpegtables or b""
-    header: TileHeader | str = f"its photometric interpretation is {page.photometric}"
-    if int(page.photometric) in (_PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR):
-        try:
-            header = tile_header(tables, rgb=int(page.photometric) == _PHOTOMETRIC_RGB)
-        except NotCopyableError as error:
-            header = f"its JPEGTables: {error}"
+def _page(page: tifffile.TiffPage) -> _Page | str:
+    """What is to be known of a page to decode its tiles, or why they cannot be decoded here."""
+    if not page.is_tiled:
+        return "the TIFF is not tiled"
+    if not 0 < page.tilewidth * page.tilelength <= _MAX_TILE_PX:
+        return f"its TIFF tiles are {page.tilewidth}x{page.tilelength} px"
+    compression, photometric = int(page.compression), int(page.photometric)
+    codec = _CODECS.get(compression)
+    if codec is None:
+        return f"there is no strict decoder for its tiles (TIFF compression {compression})"
+    tables = b""
+    header: TileHeader | str = f"its compression is {compression}"
+    if codec == "libjpeg":
+        tables = page.jpegtables or b""
+        header = _jpeg_header(tables, photometric)
+    else:
+        reason = _other_kind(page, compression, photometric)
+        if reason:
+            return reason
     return _Page(
         width_px=page.imagewidth,
         height_px=page.imagelength,
         tile_width_px=page.tilewidth,
         tile_height_px=page.tilelength,
-        tables=tables[:-2] if tables else b"",
+        codec=codec,
+        ycbcr=compression == _APERIO_YCBCR,
+        differences=page.predictor == _DIFFERENCES,
+        tables=tables[:-2],
         header=header,
         offsets=tuple(page.dataoffsets),
         lengths=tuple(page.databytecounts),
     )
+
+
+def _jpeg_header(tables: bytes, photometric: int) -> TileHeader | str:
+    if photometric not in (_PHOTOMETRIC_RGB, _PHOTOMETRIC_YCBCR):
+        return f"its photometric interpretation is {photometric}"
+    try:
+        return tile_header(tables, rgb=photometric == _PHOTOMETRIC_RGB)
+    except NotCopyableError as error:
+        return f"its JPEGTables: {error}"
+
+
+def _other_kind(page: tifffile.TiffPage, compression: int, photometric: int) -> str:
+    """Why the tiles of a page that is not JPEG cannot be decoded here; empty where they can."""
+    if (page.samplesperpixel, page.bitspersample, int(page.planarconfig), int(page.sampleformat)) != (3, 8, 1, 1):
+        return "its pixels are not three interleaved samples of 8 bits"
+    # Aperio's compressions say by themselves which colours they hold.
+    if photometric != _PHOTOMETRIC_RGB and compression not in _APERIO_JPEG_2000:
+        return f"its photometric interpretation is {photometric}"
+    if _CODECS[compression] == "openjpeg":
+        return _first_jpeg2000(page)
+    if page.predictor not in (_NO_PREDICTOR, _DIFFERENCES) or int(page.fillorder) != 1:
+        return f"its predictor is {int(page.predictor)}, its fill order {int(page.fillorder)}"
+    return ""
+
+
+def _first_jpeg2000(page: tifffile.TiffPage) -> str:
+    """Why JPEG 2000 tiles like this page's first cannot be decoded; empty where they can, or where it is damaged."""
+    offset, length = next(filter(all, zip(page.dataoffsets, page.databytecounts, strict=False)), (0, 0))
+    file = page.parent.filehandle
+    file.seek(offset)
+    try:
+        _, components = jpeg2000_components(file.read(min(length, _HEAD_BYTES)))
+    except TileDefectError:
+        return ""
+    # Aperio's 33003 may have chroma of half the width; OpenSlide knows how to enlarge it.
+    return "" if components == THREE_WHOLE_8_BIT else f"its JPEG 2000 components are {components}"
 
 
 def _resolution_um(page: tifffile.TiffPage) -> tuple[float, float] | None:

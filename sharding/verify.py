@@ -94,7 +94,7 @@ class _Index:
     @classmethod
     def open(cls, path: Path, bad: list[Bad]) -> _Index | None:
         try:
-            return cls(pq.ParquetFile(path))
+            return cls(pq.ParquetFile(path, pre_buffer=False))  # else it keeps what it has read
         except (OSError, pa.ArrowException) as error:
             bad.append(_bad(None, None, f"{path.name} cannot be read: {' '.join(str(error).split())}"))
             return None

@@ -91,7 +91,8 @@ def _workers(driver: int) -> Iterator[int]:
                 words = (Path("/proc") / str(child) / "cmdline").read_bytes()
             except OSError:
                 continue
-            if words.startswith(b"ray::") or b"spawn_main" in words:
+            # Ray's own agents are called ray:: too; a node does not outlive them.
+            if (words.startswith(b"ray::") and b"Agent" not in words) or b"spawn_main" in words:
                 yield child
 
 

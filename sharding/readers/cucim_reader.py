@@ -1,4 +1,4 @@
-"""cuCIM, the fast reader of JPEG-tiled TIFF (Aperio SVS and generic). The one module that imports it."""
+"""cuCIM, the fast reader of tiled TIFF (Aperio SVS and generic). The one module that imports it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ from sharding.slide import Level, Pixels, Spacing, UnreadableSlideError, make_le
 
 # cuCIM's own `spacing()` says 1.0 on Aperio files; the description holds the truth.
 _APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)")
+# cuCIM 26.10 crashes the process where a page has the tag Predictor and a compression that its libtiff lacks (Deflate,
+# Zstandard, ...), even if nobody asks for that page. With these it was seen to open the file.
+_SAFE_WITH_PREDICTOR = frozenset({1, 5, 7, 32773, 33003, 33005, 34712})
+_NOT_READ = 34712
+
+
+def refusal(compression: int, predicted: frozenset[int], *, pixels: bool) -> str:
+    """Why cuCIM must not open a TIFF, or with `pixels` cannot read its pixels; empty where it may.
+
+    `compression` and `predicted` as in TiffTiles.
+    """
+    crashing = sorted(predicted - _SAFE_WITH_PREDICTOR)
+    if crashing:
+        return f"it crashes on TIFF compression {crashing[0]} with a predictor"
+    if pixels and compression == _NOT_READ:
+        return f"it does not read TIFF compression {compression}"
+    return ""
 
 
 class CucimReader:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +85,31 @@ def test_painted_slides_are_kept_in_the_work_folder_and_runs_are_appended(tmp_pa
     assert all(value > 0 for value in machine["cases"][0]["values"])
 
 
+def test_an_interrupted_run_ends_its_process_without_a_word_and_keeps_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom engine import bench\n"
+        "try: bench.run(cases=['plan'], rounds=10**6, quick=True, work=Path('work'), results=Path('results'))\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    with open(tmp_path / "errors", "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], cwd=tmp_path, stderr=errors, start_new_session=True
+        )
+    try:
+        while not (tmp_path / "work" / "out").exists():
+            assert process.poll() is None, (tmp_path / "errors").read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(30) == 130
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_every_case_runs(decoys: Path, tmp_path: Path) -> None:
@@ -113,6 +143,14 @@ def test_a_process_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with 1"):
         bench.run(cases=["plan"], results=tmp_path)
+
+
+@pytest.mark.parametrize(("share", "noisy"), [(0.97, False), (0.4, True)])
+def test_a_run_on_a_shared_core_says_so(share: float, noisy: bool) -> None:
+    case = {"name": "copy", "value": 1.0, "unit": "unit", "ratio_to": {}, "spread": {"value": [1.0, 1.0]}, "rounds": 1}
+    cases = [case, {**case, "cpu_share": {"ours": 0.99, "peer": share}}]
+    text = bench.describe({"hardware": MACHINE, "cases": cases, "file": "shard.jsonl"})
+    assert ("we had 40% of it" in text) == noisy
 
 
 @pytest.mark.parametrize(

@@ -350,13 +350,13 @@ def test_a_real_slide_reads_alike_in_both_readers(shared: Path, decoded: Any) ->
             assert np.array_equal(slide.read(0, 0, 0, 2220, 2967), picture)
 
 
-def test_auto_decodes_jpeg_tiles_itself_and_takes_openslide_for_the_rest(slides: Any, tmp_path: Path) -> None:
+def test_auto_decodes_tiles_itself_and_takes_openslide_for_the_rest(slides: Any, tmp_path: Path) -> None:
     with open_slide(slides["plain"]) as slide:
         assert slide.reader_name == "libjpeg"
-    path = generic_tiff(tmp_path / "a.tif", per_cm=None, compression="adobe_deflate")
+    path = generic_tiff(tmp_path / "a.tif", per_cm=None, compression="packbits")
     with open_slide(path) as slide:
         assert slide.reader_name == "openslide"
-    with pytest.raises(UnreadableSlideError, match="cucim: its tiles are not baseline JPEG"):
+    with pytest.raises(UnreadableSlideError, match="cucim: there is no strict decoder for its tiles"):
         open_slide(path, "cucim")
 
 
