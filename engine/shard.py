@@ -30,6 +30,7 @@ from sharding.estimate import Estimate, EstimateJob, expected_shards, not_planne
 from sharding.groups import make_groups
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
+from sharding.qc import qc_name
 from sharding.slide import dicom_series, environment_versions, fingerprint
 from sharding.stage import SlideJob, SlideRecord, missing_paths, quarantined
 from sharding.work import WORK, WorkFolder
@@ -104,7 +105,7 @@ def _make(
     jobs, twins = _jobs(slides, out, recipe)
     records, shards = _run_jobs(jobs, work, recipe, local=local, address=address)
     records += twins
-    _drop_unlisted(out, shards)
+    _drop_unlisted(out, records, shards)
     with atomic_path(out / "recipe.yaml") as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
     _log(out, records)
@@ -335,11 +336,15 @@ def _run_jobs(
     return [replace(record, path=paths[record.slide_id]) for record in pipeline.slides], pipeline.shards
 
 
-def _drop_unlisted(out: Path, shards: Sequence[ShardRecord]) -> None:
-    """Remove shards that no group lists: those of slides that left the list since an interrupted run."""
+def _drop_unlisted(out: Path, records: Sequence[SlideRecord], shards: Sequence[ShardRecord]) -> None:
+    """Remove shards that no group lists, and pictures: those of slides that left the list since an interrupted run."""
     listed = {shard.name for shard in shards}
     for path in (out / "shards").iterdir():
         if path.name.split(".")[0] not in listed:
+            path.unlink()
+    pictures = {qc_name(record.slide_id) for record in records if record.status == "done"}
+    for path in (out / "qc").iterdir():
+        if path.name not in pictures:
             path.unlink()
 
 

@@ -181,6 +181,7 @@ def test_a_slide_that_left_the_list_leaves_an_unfinished_dataset(
     assert shard.run(recipe, local=True)["slides"]["done"] == 2
     assert verify_dataset(tmp_path / "out")["ok"]
     assert set(pl.read_parquet(tmp_path / "out" / "index.parquet")["slide_id"]) == {"synth-0000", "synth-0002"}
+    assert {path.stem for path in (tmp_path / "out" / "qc").iterdir()} == {"synth-0000", "synth-0002"}
 
 
 _DIE = """
@@ -272,7 +273,6 @@ def test_a_run_that_dies_before_any_of_its_writes_is_finished_by_the_next(slides
     assert done.returncode == 0, done.stderr[-3000:]
     *wrong, last = done.stdout.splitlines()
     assert wrong == []
-    print(last)
     assert int(last.removeprefix("deaths ")) > 30
 
 

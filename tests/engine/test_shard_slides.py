@@ -16,6 +16,7 @@ from engine import shard
 from engine.cluster import Finished
 from engine.recipes import ShardRecipe
 from sharding.gather import GatherJob, SlideChangedError
+from sharding.index import FLAG_PARTIAL_REGION
 from sharding.verify import verify_dataset
 
 Made = tuple[Path, dict[str, Any]]
@@ -148,10 +149,27 @@ def test_a_slide_of_which_too_much_cannot_be_copied_leaves_its_group(
         index = pl.read_parquet(tmp_path / name / "index.parquet")
         assert len(index) == result["patches"]["copy"]
         assert ("synth-0001" in set(index["slide_id"])) == (name == "tolerant")
+        assert (tmp_path / name / "qc" / "synth-0001.jpg").exists() == (name == "tolerant")
         again = make_recipe(
             folder, tmp_path / f"{name}-2", check_tiles=False, workers=2, max_bad_fraction=0.5 * (name == "tolerant")
         )
         assert shard.run(again, local=True)["digest"] == result["digest"]
+
+
+def test_a_region_that_loses_a_patch_when_it_is_copied_is_flagged_like_any_other(
+    sharded: Made, slides: Path, tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    folder = shutil.copytree(slides, tmp_path / "slides")
+    _spoil_tile(folder / "synth-0001.svs", _some_tile(sharded[0], "synth-0001"))
+    tables = []
+    for checked in (True, False):
+        out = tmp_path / str(checked)
+        keys = {"region_patches": 2, "min_tissue": 0.2, "patch_flags": False, "check_tiles": checked}
+        assert shard.run(make_recipe(folder, out, **keys), local=True)["patches"]["quarantined"] == 1
+        assert verify_dataset(out)["ok"]
+        tables.append(pl.read_parquet(out / "index.parquet"))
+    assert tables[0].equals(tables[1])
+    assert set(tables[0].filter(pl.col("flags") == FLAG_PARTIAL_REGION)["slide_id"]) == {"synth-0001"}
 
 
 def test_a_slide_that_is_replaced_under_way_ends_the_run_and_the_next_one_takes_it_as_it_is(
