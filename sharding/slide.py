@@ -224,44 +224,32 @@ class Slide:
         x1, y1, x2, y2 = max(x_px, 0), max(y_px, 0), min(right, size.width_px), min(bottom, size.height_px)
         if x2 <= x1 or y2 <= y1:
             return np.full((height_px // factor, width_px // factor, 3), 255, np.uint8)
-        inside = (x1, y1, x2, y2) == (x_px, y_px, right, bottom)
-        if factor > 1:
-            aligned = not (x_px % factor or y_px % factor or x2 % factor or y2 % factor)
-            reduced = self._scaled(level, x1, y1, x2, y2, factor) if aligned and self._decodes_tiles else None
-            if reduced is None:
-                whole = self.read(level, x_px, y_px, width_px, height_px)
-                return np.asarray(Image.fromarray(whole).reduce(factor))
-            pixels = reduced
-        else:
-            pixels = self._pixels(level, x1, y1, x2, y2)
-        if inside:
+        aligned = not (x_px % factor or y_px % factor or x2 % factor or y2 % factor)
+        pixels = self._pixels(level, x1, y1, x2, y2, factor) if aligned else None
+        if pixels is None:
+            whole = self.read(level, x_px, y_px, width_px, height_px)
+            return np.asarray(Image.fromarray(whole).reduce(factor))
+        if (x1, y1, x2, y2) == (x_px, y_px, right, bottom):
             return pixels
         canvas = np.full((height_px // factor, width_px // factor, 3), 255, np.uint8)
         x, y = (x1 - x_px) // factor, (y1 - y_px) // factor
         canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
         return canvas
 
-    def _scaled(self, level: int, x1: int, y1: int, x2: int, y2: int, factor: int) -> Pixels | None:
-        """The rectangle by libjpeg's scaled decode; None where it cannot be had so."""
-        assert self._tiles is not None
-        if not self._tiles.scales(level, factor):
+    def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int, factor: int) -> Pixels | None:
+        """The rectangle, inside the level; None where a factor above 1 takes the mean of all its pixels."""
+        tiles = self._tiles
+        if factor > 1 and not (tiles and self._decodes_tiles and tiles.scales(level, factor)):
             return None
-        try:
-            return self._tiles.read(level, x1, y1, x2, y2, factor=factor)
-        except TileDefectError as error:
-            raise DamagedTileError(str(error)) from None
-        except NotCopyableError:
-            return None
-
-    def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int) -> Pixels:
         # Absent tiles are background; what a reader gives for them is not to be relied on.
-        if self._tiles is not None and (self._decodes_tiles or self._has_absent(level, x1, y1, x2, y2)):
+        if tiles and (self._decodes_tiles or self._has_absent(level, x1, y1, x2, y2)):
             try:
-                return self._tiles.read(level, x1, y1, x2, y2)
+                return tiles.read(level, x1, y1, x2, y2, factor=factor)
             except TileDefectError as error:
                 raise DamagedTileError(str(error)) from None
-            except NotCopyableError:
-                pass  # a tile that needs the reader: another colour space, progressive, ...
+            except NotCopyableError:  # a tile that needs the reader: another colour space, progressive, ...
+                if factor > 1:
+                    return None
         self._prove(level, x1, y1, x2, y2)
         return self._reader.read(level, x1, y1, x2 - x1, y2 - y1)
 

@@ -156,6 +156,17 @@ def test_other_tiffs_cannot_be_proven_and_say_why(tmp_path: Path) -> None:
     assert reason.isprintable()
 
 
+def test_tiles_too_large_for_memory_are_refused_before_anything_is_decoded(slides: Any, tmp_path: Path) -> None:
+    path = tmp_path / "vast.svs"
+    for size in ((65_520, 65_520), (0, 256)):
+        path.write_bytes(slides["single"].read_bytes())
+        with tifffile.TiffFile(path, mode="r+b") as tiff:
+            page: Any = tiff.pages[0]
+            page.tags["TileWidth"].overwrite(size[0])
+            page.tags["TileLength"].overwrite(size[1])
+        assert isinstance(TiffTiles.open(path), str)
+
+
 def test_resolution_tags_become_um_per_pixel_of_each_axis(tmp_path: Path) -> None:
     jpeg: dict[str, Any] = {"tile": (256, 256), "compression": "jpeg"}
     for unit, per_unit, um in (
