@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from engine.cluster import Crash, Finished
 from sharding.gather import GatherJob, GatherResult
-from sharding.groups import Group, GroupRecord, after_gathering, finish_group, read_group
+from sharding.groups import Group, GroupRecord, after_gathering, finish_group, flag_broken_regions, read_group
 from sharding.permute import Member, Permutation, PermuteJob
 from sharding.plan import ShardOptions
 from sharding.stage import SlideJob, SlideRecord, quarantined, read_record, write_record
@@ -141,6 +141,9 @@ class Pipeline:
             for job in lost:
                 write_record(job, records[job.name])
             state.records.update({job.name: records[job.name] for job in lost})
+            self._permute(state)
+            return
+        if flag_broken_regions(self._work, gathered):
             self._permute(state)
             return
         shards = [result.shard for result in gathered if result.shard is not None]

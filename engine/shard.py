@@ -26,10 +26,11 @@ from engine.slide_list import ListedSlide, absolute, list_slides, subset
 from engine.tcga import barcode_columns
 from sharding.atomic import atomic_path, sweep_temporary, write_json
 from sharding.dataset import RESERVED_COLUMNS, finish_dataset, options_digest
-from sharding.estimate import Estimate, EstimateJob, not_planned
+from sharding.estimate import Estimate, EstimateJob, expected_shards, not_planned
 from sharding.groups import make_groups
 from sharding.index import read_meta
 from sharding.lock import LOCK_NAME, LockedError, folder_lock
+from sharding.qc import qc_name
 from sharding.slide import dicom_series, environment_versions, fingerprint
 from sharding.stage import SlideJob, SlideRecord, missing_paths, quarantined
 from sharding.work import WORK, WorkFolder
@@ -104,7 +105,7 @@ def _make(
     jobs, twins = _jobs(slides, out, recipe)
     records, shards = _run_jobs(jobs, work, recipe, local=local, address=address)
     records += twins
-    _drop_unlisted(out, shards)
+    _drop_unlisted(out, records, shards)
     with atomic_path(out / "recipe.yaml") as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
     _log(out, records)
@@ -159,7 +160,7 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     estimates.sort(key=lambda estimate: estimate.slide_id)
     shards = 0
     for group in make_groups(jobs, options):
-        shards += -(-sum(by_name[job.name].patches for job in group.jobs) // options.patches_per_shard)
+        shards += expected_shards(sum(by_name[job.name].patches for job in group.jobs), options.patches_per_shard)
     bad = [e for e in estimates if e.reason]
     copied = sum(e.patches_copied for e in estimates)
     from engine.runtime import usable_cores
@@ -335,11 +336,15 @@ def _run_jobs(
     return [replace(record, path=paths[record.slide_id]) for record in pipeline.slides], pipeline.shards
 
 
-def _drop_unlisted(out: Path, shards: Sequence[ShardRecord]) -> None:
-    """Remove shards that no group lists: those of slides that left the list since an interrupted run."""
+def _drop_unlisted(out: Path, records: Sequence[SlideRecord], shards: Sequence[ShardRecord]) -> None:
+    """Remove shards that no group lists, and pictures: those of slides that left the list since an interrupted run."""
     listed = {shard.name for shard in shards}
     for path in (out / "shards").iterdir():
         if path.name.split(".")[0] not in listed:
+            path.unlink()
+    pictures = {qc_name(record.slide_id) for record in records if record.status == "done"}
+    for path in (out / "qc").iterdir():
+        if path.name not in pictures:
             path.unlink()
 
 

@@ -38,6 +38,12 @@ def not_planned(slide_id: str, reason: str) -> Estimate:
     return Estimate(slide_id, reason)
 
 
+def expected_shards(patches: int, patches_per_shard: int) -> int:
+    """How many shards a group of slides has, about: each patch falls into one at random, and an empty one is none."""
+    most = -(-patches // patches_per_shard)
+    return round(most * (1 - (1 - 1 / most) ** patches)) if most else 0
+
+
 @dataclass(frozen=True, slots=True)
 class EstimateJob:
     """One slide of a dry run."""

@@ -72,7 +72,8 @@ class GatherJob:
 class GatherResult:
     """What became of a shard: its record, None where nothing of it was left, and the patches that were rejected.
 
-    `damaged` counts and explains them: name of the slide's job -> [patches, the first reason]. All were to be copied.
+    `damaged` counts and explains them: name of the slide's job -> [patches, the first reason, their regions]. All
+    were to be copied.
     """
 
     permutation: str
@@ -277,9 +278,11 @@ def _reject(source: Source, row: np.void, what: str, damaged: dict[str, list[Any
             "and run again"
         )
     found = damaged.setdefault(
-        source.name, [0, f"TIFF tile ({row['col']}, {row['row']}) of level {source.level} {what}"]
+        source.name, [0, f"TIFF tile ({row['col']}, {row['row']}) of level {source.level} {what}", []]
     )
     found[0] += 1
+    if row["region"] != NO_REGION:
+        found[2].append(int(row["region"]))
 
 
 def line_starts(path: Path) -> list[int]:

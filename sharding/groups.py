@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from sharding.atomic import write_json
+import numpy as np
+
+from sharding.atomic import atomic_path, write_json
 from sharding.gather import GatherResult
-from sharding.index import canonical_digest
+from sharding.index import FLAG_PARTIAL_REGION, canonical_digest
 from sharding.plan import ShardOptions
 from sharding.stage import SlideJob, SlideRecord, quarantined
 from sharding.work import WorkFolder
@@ -80,7 +82,7 @@ def after_gathering(
     """
     rejected: dict[str, list[Any]] = {}
     for result in results:
-        for name, (count, reason) in result.damaged.items():
+        for name, (count, reason, _) in result.damaged.items():
             rejected.setdefault(name, [0, reason])[0] += count
     updated = dict(records)
     for job in jobs:
@@ -103,6 +105,24 @@ def after_gathering(
                 patches_quarantined=bad,
             )
     return updated
+
+
+def flag_broken_regions(work: WorkFolder, results: Iterable[GatherResult]) -> bool:
+    """Flag the regions that lost a patch when it was copied, in the slides' rows; whether one was not flagged yet."""
+    broken: dict[str, list[int]] = {}
+    for result in results:
+        for name, (_, _, regions) in result.damaged.items():
+            broken.setdefault(name, []).extend(regions)
+    found = False
+    for name, regions in broken.items():
+        rows = np.load(work.rows(name))
+        new = np.isin(rows["region"], regions) & (rows["flags"] & FLAG_PARTIAL_REGION == 0)
+        if new.any():
+            found = True
+            rows["flags"][new] |= FLAG_PARTIAL_REGION
+            with atomic_path(work.rows(name)) as temporary, open(temporary, "wb") as file:
+                np.save(file, rows)
+    return found
 
 
 def finish_group(group: Group, work: WorkFolder, record: GroupRecord) -> None:

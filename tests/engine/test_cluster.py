@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def test_more_workers_than_jobs_are_not_started() -> None:
 def test_no_jobs_start_nothing() -> None:
     assert list(fan_out(operator.call, [], local=True)) == []
     assert list(fan_out(operator.call, [])) == []
+
+
+def test_jobs_may_be_added_while_results_are_taken_and_those_in_front_go_first() -> None:
+    jobs: deque[Job] = deque(functools.partial(math.sqrt, i * i) for i in range(4))
+    order = []
+    for done in fan_out(operator.call, jobs, workers=1, local=True):
+        order.append(done.result)
+        if done.result == 0.0:
+            jobs.appendleft(functools.partial(math.sqrt, 100))
+            jobs.append(functools.partial(math.sqrt, 400))
+        if done.result == 20.0:  # the last one
+            jobs.append(functools.partial(math.sqrt, 900))
+    assert sorted(order) == [0.0, 1.0, 2.0, 3.0, 10.0, 20.0, 30.0]  # type: ignore[type-var]
+    # It overtook those that were not begun yet.
+    assert order.index(10.0) < order.index(3.0)
+    assert order[-1] == 30.0
 
 
 def test_an_exception_of_a_job_is_raised_as_it_is() -> None:
@@ -177,6 +194,7 @@ def test_a_living_parent_keeps_its_children() -> None:
 
 _RAY = """
 import functools, json, math, os, sys
+from collections import deque
 import deadly_jobs
 from engine.cluster import Crash, fan_out
 
@@ -189,6 +207,11 @@ jobs = [
     functools.partial(math.sqrt, 9),
 ]
 found = {}
+added = deque([functools.partial(math.sqrt, 16)])
+for done in fan_out(deadly_jobs.call, added, workers=2):
+    found.setdefault("added", []).append(done.result)
+    if len(found["added"]) < 3:
+        added.append(functools.partial(math.sqrt, 25))
 for done in fan_out(deadly_jobs.call, jobs, workers=2):
     number = next(i for i, job in enumerate(jobs) if job is done.job)
     found[number] = "crash: " + done.result.reason if isinstance(done.result, Crash) else done.result
@@ -220,6 +243,7 @@ def test_ray_gives_results_crashes_retries_and_exceptions_like_local_processes(t
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["0"], found["2"], found["4"]) == (2.0, "second", 3.0)
     assert found["1"].startswith("crash: ")
+    assert found["added"] == [4.0, 5.0, 5.0]
     assert (tmp_path / "tries").read_text().splitlines() == ["tried"] * TRIES
     assert found["3"] != str(tmp_path), "Ray's workers must not start in the user's folder"
     assert "no number" in found["error"]

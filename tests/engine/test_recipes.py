@@ -47,7 +47,16 @@ def test_a_recipe_is_frozen() -> None:
         ({"quality": 101}, "quality=101"),
         ({"reader": "pillow"}, "reader=pillow"),
         ({"routes": "copy"}, "routes=copy"),
-        ({"permute": "global"}, "permute=global"),
+        ({"permute": "random"}, "permute=random"),
+        ({"group_slides": 0}, "group_slides=0"),
+        ({"region_patches": 1}, "region_patches=1"),
+        ({"region_patches": 257}, "region_patches=257"),
+        ({"tissue": "deep"}, "tissue=deep"),
+        ({"min_object_um2": -1}, "min_object_um2=-1"),
+        ({"max_hole_um2": float("nan")}, "max_hole_um2=nan"),
+        ({"check_tiles": "perhaps"}, "check_tiles=perhaps"),
+        ({"subset": 0}, "subset=0"),
+        ({"barcodes": "gtex"}, "barcodes=gtex"),
         ({"patches_per_shard": 0}, "patches_per_shard=0"),
         ({"workers": 0}, "workers=0"),
         ({"workers": -2}, "workers=-2"),
@@ -65,7 +74,8 @@ def test_shard_values_out_of_range_are_named(values: dict[str, Any], named: str)
 
 def test_options_hold_what_decides_bytes_and_nothing_of_places_or_workers() -> None:
     one = build(ShardRecipe, {"slides": "a", "out": "b", "workers": 1})
-    other = build(ShardRecipe, {"slides": "c", "out": "d", "workers": 7})
+    elsewhere = {"slides": "c", "out": "d", "workers": 7, "plans": "p", "md5_manifest": "m", "subset": 3}
+    other = build(ShardRecipe, {**elsewhere, "barcodes": "tcga"})
     assert one.options() == other.options()
 
 
@@ -81,6 +91,16 @@ def test_options_hold_what_decides_bytes_and_nothing_of_places_or_workers() -> N
         ("max_bad_fraction", 0.1),
         ("patches_per_shard", 7),
         ("seed", 3),
+        ("tissue", "clam"),
+        ("min_object_um2", 5.0),
+        ("max_hole_um2", 5.0),
+        ("region_patches", 4),
+        ("optimize_huffman", False),
+        ("routes", "decode"),
+        ("check_tiles", False),
+        ("patch_flags", False),
+        ("permute", "global"),
+        ("group_slides", 2),
     ],
 )
 def test_every_key_that_decides_bytes_is_in_the_options(key: str, value: Any) -> None:

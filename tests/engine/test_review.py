@@ -41,7 +41,9 @@ def test_an_error_that_no_reader_thought_of_is_that_slides_alone(
 def _in_process(function: Any, jobs: Any, **_: Any) -> Any:
     from engine.cluster import Finished
 
-    return [Finished(job, function(job)) for job in jobs]
+    while jobs:
+        job = jobs.popleft()
+        yield Finished(job, function(job))
 
 
 def test_linked_folders_are_entered_once(tmp_path: Path) -> None:

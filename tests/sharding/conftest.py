@@ -20,7 +20,7 @@ from PIL import Image
 
 from sharding.dataset import finish_dataset
 from sharding.gather import GatherJob, GatherResult
-from sharding.groups import Group, after_gathering, make_groups
+from sharding.groups import Group, after_gathering, flag_broken_regions, make_groups
 from sharding.permute import Member, PermuteJob
 from sharding.plan import ShardOptions
 from sharding.slide import fingerprint
@@ -208,16 +208,18 @@ Sharded = tuple[list[SlideRecord], list[ShardRecord], dict[str, list[Any]]]
 
 
 def _shard_slides(jobs: Sequence[SlideJob]) -> Sharded:
-    """Stage, permute and gather slides: (a record per job, the shards, GatherResult's `damaged` of all shards)."""
+    """Stage, permute and gather slides: (a record per job, shards, name of a job -> [rejected, first reason])."""
     records = {job.name: job.run() for job in jobs}
     shards: list[ShardRecord] = []
     damaged: dict[str, list[Any]] = {}
     for group in make_groups(jobs, jobs[0].options):
         results = gather_group(group, records)
+        if flag_broken_regions(group.jobs[0].work, results):
+            results = gather_group(group, records)
         records |= after_gathering(group.jobs, {job.name: records[job.name] for job in group.jobs}, results)
         shards += [result.shard for result in results if result.shard is not None]
         for result in results:
-            for name, (count, reason) in result.damaged.items():
+            for name, (count, reason, _) in result.damaged.items():
                 damaged.setdefault(name, [0, reason])[0] += count
     return [records[job.name] for job in jobs], shards, damaged
 

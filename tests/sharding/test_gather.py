@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zlib
@@ -391,15 +390,3 @@ def test_a_full_disk_leaves_no_shard_and_is_the_runs_failure(
     # What was staged stays.
     assert read_record(job) is not None
     assert run_slide(job).patches > 0
-
-
-def test_windows_and_open_files_change_no_byte(
-    slides: Any, make_dataset: Any, shard_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listed = {name: slides[name] for name in ("plain", "single", "fine")}
-    make_dataset(tmp_path / "a", listed, permute="global", patches_per_shard=1000)
-    monkeypatch.setattr(gather, "_WINDOW_PATCHES", 5)
-    monkeypatch.setattr(gather, "_OPEN_FILES", 1)
-    make_dataset(tmp_path / "b", listed, permute="global", patches_per_shard=1000)
-    assert shard_files(tmp_path / "a") == shard_files(tmp_path / "b")
-    assert len(json.loads((tmp_path / "b" / "dataset.json").read_text())["shards"]) == 1

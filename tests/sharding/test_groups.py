@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from sharding import gather
 from sharding.gather import GatherResult
 from sharding.groups import Group, GroupRecord, after_gathering, finish_group, make_groups, read_group
 from sharding.hashing import order_keys
@@ -131,8 +132,8 @@ def test_rejected_patches_are_taken_from_their_slides_record(make_options: Calla
         three.name: done(three, 9),
     }
     results = [
-        GatherResult("p", None, {one.name: [1, "tile (1, 2) is rotten (crc32)"], two.name: [1, "later"]}),
-        GatherResult("p", None, {one.name: [1, "tile (7, 7) is rotten"]}),
+        GatherResult("p", None, {one.name: [1, "tile (1, 2) is rotten (crc32)", []], two.name: [1, "later", []]}),
+        GatherResult("p", None, {one.name: [1, "tile (7, 7) is rotten", []]}),
     ]
     found = after_gathering([one, two, three], records, results)
     assert found[three.name] is records[three.name]
@@ -175,3 +176,15 @@ def test_a_groups_record_is_plain_json(slides: Any, make_job: Any, shard_slides:
     value = json.loads(job.work.group(group.name).read_text())
     assert value["shards"] == [asdict(shard) for shard in shards]
     assert value["slides"] == [asdict(record) for record in records]
+
+
+def test_windows_and_open_files_change_no_byte(
+    slides: Any, make_dataset: Any, shard_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = {name: slides[name] for name in ("plain", "single", "fine")}
+    make_dataset(tmp_path / "a", listed, permute="global", patches_per_shard=1000)
+    monkeypatch.setattr(gather, "_WINDOW_PATCHES", 5)
+    monkeypatch.setattr(gather, "_OPEN_FILES", 1)
+    make_dataset(tmp_path / "b", listed, permute="global", patches_per_shard=1000)
+    assert shard_files(tmp_path / "a") == shard_files(tmp_path / "b")
+    assert len(json.loads((tmp_path / "b" / "dataset.json").read_text())["shards"]) == 1

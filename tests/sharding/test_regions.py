@@ -12,6 +12,7 @@ import pytest
 from sharding.index import FLAG_PARTIAL_REGION
 from sharding.stage import SlideJob
 from sharding.synth import SlideSpec, paint_slide
+from sharding.verify import verify_dataset
 
 MakeJob = Callable[..., SlideJob]
 Regions = dict[int, list[dict[str, Any]]]
@@ -105,6 +106,34 @@ def test_a_damaged_patch_flags_the_rest_of_its_region(
     for rows in found.values():
         # The damaged tile is in the lower left one.
         assert partial(rows) == {rows[0]["row"] // side == 1 and rows[0]["col"] // side == 0}
+
+
+@pytest.mark.parametrize("how", ["no SOI", "no bytes"])
+@pytest.mark.parametrize("permute", ["slide", "global"])
+def test_a_patch_that_cannot_be_copied_flags_the_rest_of_its_region(
+    how: str,
+    permute: str,
+    slides: Any,
+    make_dataset: Any,
+    damage_tile: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Whether it was seen when the slide was staged or not before it was copied."""
+    path = damage_tile(slides["plain"], tmp_path / "bad.svs", 0, 1, 2, how)
+    options: dict[str, Any] = {"context_px": 256, "stride_px": 256, "region_patches": 2, "min_tissue": 0.0}
+    tables = []
+    for checked in (True, False):
+        out = tmp_path / str(checked)
+        listed = {"bad": path, "whole": slides["single"]}
+        make_dataset(out, listed, check_tiles=checked, patch_flags=False, permute=permute, **options)
+        tables.append(pq.read_table(out / "index.parquet"))
+        assert verify_dataset(out)["ok"]
+    assert tables[0].equals(tables[1])
+    rows = [row for row in tables[0].to_pylist() if row["slide_id"] == "bad"]
+    broken = [row for row in rows if row["row"] // 2 == 1 and row["col"] // 2 == 0]
+    assert len(broken) == 3
+    assert partial(broken) == {True}
+    assert partial([row for row in rows if row not in broken]) == {False}
 
 
 @pytest.mark.parametrize("mode", ["group", "global"])
