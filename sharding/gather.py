@@ -43,6 +43,7 @@ from sharding.writer import (
 # Payloads that are read, in the order of their files, before they are written in theirs.
 _WINDOW_PATCHES = 256
 _OPEN_FILES = 256
+_MOST_KNOWN = 4  # beginnings of raw tiles that are told apart, per file
 
 
 class SlideChangedError(RuntimeError):
@@ -267,8 +268,10 @@ def _parse(file: _Open, tile: bytes, length: int) -> tuple[bytes, memoryview, in
     assert file.source.raw is not None
     prefix, rgb, side = file.source.raw
     parts = split(tile, TileHeader(bytes.fromhex(prefix), rgb), width_px=side, height_px=side)
-    file.known.append((tile[: parts.start], parts.head, deflate_crc32(parts.head)))
-    return parts.head, memoryview(tile)[parts.start : parts.end], file.known[-1][2]
+    checksum = deflate_crc32(parts.head)
+    if len(file.known) < _MOST_KNOWN:
+        file.known.append((tile[: parts.start], parts.head, checksum))
+    return parts.head, memoryview(tile)[parts.start : parts.end], checksum
 
 
 def _reject(source: Source, row: np.void, what: str, damaged: dict[str, list[Any]]) -> None:

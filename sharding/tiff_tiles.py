@@ -35,6 +35,7 @@ Codec = Literal["libjpeg", "openjpeg", "lzw", "deflate"]
 # Decoded tiles that are kept at most: four rows of tiles of a slide of 100,000 px.
 _CACHE_BYTES = 300 << 20
 _MAX_PAGES = 1000
+_MOST_KNOWN = 4
 _MAX_TILE_PX = 1 << 26  # 8192 x 8192; beyond it a hostile header asks for more memory than there is
 _SOI = b"\xff\xd8"
 # By TIFF compression; 33003 and 33005 are Aperio's JPEG 2000 of YCbCr and RGB.
@@ -69,6 +70,7 @@ class _Page:
     header: TileHeader | str  # of standalone JPEG tiles, or why there are none
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
+    known: list[tuple[bytes, bytes]]  # how JPEG tiles begin, up to the scan, and the standalone head of such a tile
 
     @property
     def tile_size_px(self) -> tuple[int, int]:
@@ -289,7 +291,13 @@ class TiffTiles:
         return data
 
     def _standalone(self, page: _Page, data: bytes) -> bytes:
+        """The tile as a stream to be decoded. Almost all tiles begin alike: that is parsed once."""
+        for beginning, head in page.known:
+            if data.startswith(beginning):
+                return head + data[len(beginning) :]
         parts = self._split(page, data)
+        if len(page.known) < _MOST_KNOWN:
+            page.known.append((data[: parts.start], parts.head))
         return parts.head + data[parts.start : parts.end]
 
     def _split(self, page: _Page, data: bytes) -> Parts:
@@ -362,6 +370,7 @@ def _page(page: tifffile.TiffPage) -> _Page | str:
         header=header,
         offsets=tuple(page.dataoffsets),
         lengths=tuple(page.databytecounts),
+        known=[],
     )
 
 
