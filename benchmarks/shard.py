@@ -142,7 +142,7 @@ CASES: dict[str, Case] = {
     # Patches of 256 px on a slide with tiles of 240 px.
     "decode_unaligned": partial(_rates, slides="tile_240"),
     # 0.5 um/px from a slide of 0.25: 512 px are read, and reduced.
-    "half_scale": partial(_rates, slides="fine"),
+    "half_scale": partial(_rates, slides="large"),
     "plan": _plan,
     "workers_2": _workers_2,
     "ray_copy": partial(_ray, routes="auto"),

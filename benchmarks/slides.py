@@ -8,14 +8,13 @@ from typing import Any, Literal
 from benchmarks.harness import Setting, every_core
 from engine.synth import run as synth
 
-SlideSet = Literal["chroma_420", "chroma_444", "tile_240", "fine", "large"]
+SlideSet = Literal["chroma_420", "chroma_444", "tile_240", "large"]
 
 # Bytes per tissue tile: 14 KB for 4:2:0 and 25 KB for RGB 4:4:4, which is what Aperio scanners write.
 _SETS: dict[SlideSet, dict[str, Any]] = {
     "chroma_420": {"slides": 3, "size": 16384, "quality": 85},
     "chroma_444": {"slides": 3, "size": 16384, "quality": 75, "subsampling": "4:4:4", "photometric": "rgb"},
     "tile_240": {"slides": 1, "size": 16384, "quality": 85, "tile": 240},
-    "fine": {"slides": 2, "size": 16384, "quality": 85, "mpp": 0.25},
     "large": {"slides": 1, "size": 30720, "quality": 85, "mpp": 0.25},
 }
 _QUICK = {"slides": 1, "size": 2048}

@@ -165,14 +165,16 @@ class Slide:
         tiles = self._tiles
         return tiles is not None and tiles.codec(level) == "libjpeg" and tiles.tile_size(level) == (size_px, size_px)
 
-    def copy_tile(self, level: int, column: int, row: int) -> TileCopy | None:
+    def copy_tile(self, level: int, column: int, row: int, *, pixels: bool = False) -> TileCopy | None:
         """TIFF tile (column, row) as a JPEG stream of its own, losslessly; None where it decodes but cannot be copied.
+
+        With `pixels` what it decodes to is given too.
 
         Raises DamagedTileError where it does not decode.
         """
         assert self._tiles is not None
         try:
-            return self._tiles.copy(level, column, row)
+            return self._tiles.copy(level, column, row, pixels=pixels)
         except NotCopyableError:
             return None
         except TileDefectError as error:

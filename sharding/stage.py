@@ -11,13 +11,13 @@ import hashlib
 import json
 import time
 import traceback
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from imagecodecs import deflate_crc32
 
 from sharding.atomic import atomic_path, write_json
 from sharding.encode import encode_patch, read_patch
@@ -330,7 +330,7 @@ class _Stager:
         for i, (column, row) in enumerate(zip(rows["col"].tolist(), rows["row"].tolist(), strict=True)):
             fault_point("stage.patch")
             try:
-                tile = self.slide.copy_tile(level, column, row)
+                tile = self.slide.copy_tile(level, column, row, pixels=self.job.options.patch_flags)
             except DamagedTileError as error:
                 self.damaged[i] = str(error)
                 continue
@@ -339,8 +339,9 @@ class _Stager:
                 continue
             copied.append(i)
             head = heads.setdefault(tile.head, len(heads))
-            places.append((head, tile.offset, tile.length, zlib.crc32(tile.stream)))
-            self._flag(i, tile.pixels)
+            places.append((head, tile.offset, tile.length, deflate_crc32(tile.stream)))
+            if tile.pixels is not None:
+                self._flag(i, tile.pixels)
         self._place(copied, places)
         self._add("copy", self.job.path, self.identity, heads=[head.hex() for head in heads])
         return np.array(left, np.intp)
@@ -377,7 +378,7 @@ class _Stager:
         places: list[tuple[int, int, int, int]] = []
         stored = []
         offset = 0
-        with atomic_path(payloads) as temporary, open(temporary, "wb") as file:
+        with atomic_path(payloads) as temporary, open(temporary, "wb", buffering=1 << 20) as file:
             for i in patches.tolist():
                 fault_point("stage.patch")
                 try:
@@ -388,7 +389,7 @@ class _Stager:
                 payload = encode_patch(pixels, options.quality, optimize=options.optimize_huffman)
                 file.write(payload)
                 stored.append(i)
-                places.append((0, offset, len(payload), zlib.crc32(payload)))
+                places.append((0, offset, len(payload), deflate_crc32(payload)))
                 offset += len(payload)
                 self._flag(i, pixels)
         self._place(stored, places)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from sharding.jpeg import NotCopyableError, Parts, TileHeader, split, tile_header
+from sharding.jpeg import NotCopyableError, Parts, TileHeader, end_of_scan, split, tile_header
 from sharding.tile_codecs import (
     THREE_WHOLE_8_BIT,
     TileDefectError,
@@ -36,6 +36,7 @@ Codec = Literal["libjpeg", "openjpeg", "lzw", "deflate"]
 _CACHE_BYTES = 300 << 20
 _MAX_PAGES = 1000
 _MOST_KNOWN = 4
+_PROOF_SCALE = 8
 _MAX_TILE_PX = 1 << 26  # 8192 x 8192; beyond it a hostile header asks for more memory than there is
 _SOI = b"\xff\xd8"
 # By TIFF compression; 33003 and 33005 are Aperio's JPEG 2000 of YCbCr and RGB.
@@ -83,13 +84,13 @@ class _Page:
 
 @dataclass(frozen=True, slots=True)
 class TileCopy:
-    """A tile as a JPEG stream: `head`, then `length` bytes of the file at `offset`. `pixels` are its proof."""
+    """A tile as a JPEG stream, proven to decode: `head`, then `length` bytes of the file at `offset`."""
 
     head: bytes
     offset: int
     length: int
     stream: bytes
-    pixels: Pixels
+    pixels: Pixels | None
 
 
 class TiffTiles:
@@ -116,6 +117,7 @@ class TiffTiles:
         self._levels: list[_Page] = pages
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
+        self._size_bytes = os.fstat(self._descriptor).st_size
         self._defects: dict[tuple[int, int, int], str] = {}
         self._decoded: OrderedDict[tuple[int, int, int, int], Pixels] = OrderedDict()
         self._decoded_bytes = 0
@@ -181,8 +183,8 @@ class TiffTiles:
                 self._defects[key] = str(error)
         return self._defects[key]
 
-    def copy(self, level: int, column: int, row: int) -> TileCopy:
-        """Where the tile's scan lies, and its pixels: it stands alone losslessly and is proven to decode.
+    def copy(self, level: int, column: int, row: int, *, pixels: bool) -> TileCopy:
+        """Where the tile's scan lies: it stands alone losslessly and is proven to decode; with its pixels if asked.
 
         Raises TileDefectError where it does not decode, NotCopyableError where it does but cannot stand alone.
         """
@@ -193,7 +195,10 @@ class TiffTiles:
         parts = self._split(page, data)
         offset = page.offsets[row * page.columns + column] + parts.start
         stream = parts.head + data[parts.start : parts.end]
-        return TileCopy(parts.head, offset, parts.end - parts.start, stream, decode_jpeg(stream))
+        # At an eighth of its size every Huffman code is read all the same, and nothing else is worked out.
+        side = 1 if pixels else _PROOF_SCALE
+        decoded = decode_jpeg(stream, (page.tile_width_px // side, page.tile_height_px // side))
+        return TileCopy(parts.head, offset, parts.end - parts.start, stream, decoded if pixels else None)
 
     def ranges(self, level: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """(offset, length) in bytes of each tile of a level in raster order, as the file's tile table says; uint64."""
@@ -280,34 +285,39 @@ class TiffTiles:
             raise TileDefectError(f"is empty ({length} bytes)")
         try:
             # A damaged table can ask for more than the memory, or for a place beyond 2^63.
-            inside = max(0, os.fstat(self._descriptor).st_size - offset)
+            inside = max(0, self._size_bytes - offset)
             data = os.pread(self._descriptor, length, offset) if length <= inside else b""
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) < length:
-            raise TileDefectError(f"is cut off: {inside} of {length} bytes are in the file")
+            raise TileDefectError(f"is cut off: {min(inside, len(data) or inside)} of {length} bytes are in the file")
         if page.codec == "libjpeg" and data[:2] != _SOI:
             raise TileDefectError(f"is no JPEG: it starts with {data[:2].hex()}")
         return data
 
     def _standalone(self, page: _Page, data: bytes) -> bytes:
-        """The tile as a stream to be decoded. Almost all tiles begin alike: that is parsed once."""
+        """The tile as a stream to be decoded."""
         for beginning, head in page.known:
             if data.startswith(beginning):
                 return head + data[len(beginning) :]
         parts = self._split(page, data)
-        if len(page.known) < _MOST_KNOWN:
-            page.known.append((data[: parts.start], parts.head))
         return parts.head + data[parts.start : parts.end]
 
     def _split(self, page: _Page, data: bytes) -> Parts:
         if isinstance(page.header, str):
             raise NotCopyableError(page.header)
         try:
-            return split(data, page.header, width_px=page.tile_width_px, height_px=page.tile_height_px)
+            # Almost all tiles begin alike: that is parsed once.
+            for beginning, head in page.known:
+                if data.startswith(beginning):
+                    return Parts(head, len(beginning), end_of_scan(data, len(beginning)))
+            parts = split(data, page.header, width_px=page.tile_width_px, height_px=page.tile_height_px)
         except NotCopyableError:
             self._prove(page, data)  # what cannot stand alone may be damaged: that is the finding then
             raise
+        if len(page.known) < _MOST_KNOWN:
+            page.known.append((data[: parts.start], parts.head))
+        return parts
 
     @staticmethod
     def _prove(page: _Page, data: bytes) -> None:

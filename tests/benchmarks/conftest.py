@@ -19,5 +19,5 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 @pytest.fixture(scope="session")
 def slides(setting: Setting) -> dict[SlideSet, list[Path]]:
-    names: list[SlideSet] = ["chroma_420", "chroma_444", "tile_240", "fine"]
+    names: list[SlideSet] = ["chroma_420", "chroma_444", "tile_240", "large"]
     return {name: painted(setting, name) for name in names}

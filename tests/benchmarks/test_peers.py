@@ -23,7 +23,7 @@ WORKS: list[tuple[SlideSet, dict[str, Any]]] = [
     ("chroma_420", {}),
     ("chroma_444", {"routes": "decode"}),
     ("tile_240", {}),
-    ("fine", {}),
+    ("large", {}),
 ]
 
 
