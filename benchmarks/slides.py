@@ -15,7 +15,7 @@ _SETS: dict[SlideSet, dict[str, Any]] = {
     "chroma_420": {"slides": 3, "size": 16384, "quality": 85},
     "chroma_444": {"slides": 3, "size": 16384, "quality": 75, "subsampling": "4:4:4", "photometric": "rgb"},
     "tile_240": {"slides": 1, "size": 16384, "quality": 85, "tile": 240},
-    "large": {"slides": 1, "size": 30720, "quality": 85, "mpp": 0.25},
+    "large": {"slides": 1, "size": 30720, "mpp": 0.25},
 }
 _QUICK = {"slides": 1, "size": 2048}
 

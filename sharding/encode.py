@@ -28,7 +28,10 @@ def read_patch(slide: Slide, geometry: Geometry, window_x: float, window_y: floa
     side = size_px * geometry.scale
     if geometry.scale in WHOLE_SCALES:
         x_px, y_px, side_px = math.floor(window_x + 0.5), math.floor(window_y + 0.5), round(side)
-        return slide.read(geometry.level, x_px, y_px, side_px, side_px, factor=int(geometry.scale))
+        overlapping = geometry.context_px > geometry.stride_px
+        return slide.read(
+            geometry.level, x_px, y_px, side_px, side_px, factor=int(geometry.scale), overlapping=overlapping
+        )
     margin = math.ceil(_BICUBIC_SUPPORT * geometry.scale) + 1
     left, top = math.floor(window_x) - margin, math.floor(window_y) - margin
     wide = math.ceil(side) + 1 + 2 * margin

@@ -212,9 +212,20 @@ class Slide:
             )
         return spacing
 
-    def read(self, level: int, x_px: int, y_px: int, width_px: int, height_px: int, *, factor: int = 1) -> Pixels:
+    def read(
+        self,
+        level: int,
+        x_px: int,
+        y_px: int,
+        width_px: int,
+        height_px: int,
+        *,
+        factor: int = 1,
+        overlapping: bool = True,
+    ) -> Pixels:
         """Pixels of a rectangle of `level`, reduced `factor` times: uint8 [height_px // factor, width_px // factor, 3].
 
+        Without `overlapping` the caller's rectangles are disjoint, and less is kept between them.
         The rectangle's sides are multiples of `factor`. Outside the slide it is white. A reduced pixel is the exact
         mean of factor x factor pixels, rounded half up; of JPEG tiles that are decoded here it is what libjpeg's scaled
         decode gives (factor 2, 4 or 8), wherever tiles, rectangle and the slide's own edge are aligned with `factor`.
@@ -227,7 +238,7 @@ class Slide:
         if x2 <= x1 or y2 <= y1:
             return np.full((height_px // factor, width_px // factor, 3), 255, np.uint8)
         aligned = not (x_px % factor or y_px % factor or x2 % factor or y2 % factor)
-        pixels = self._pixels(level, x1, y1, x2, y2, factor) if aligned else None
+        pixels = self._pixels(level, x1, y1, x2, y2, factor, overlapping) if aligned else None
         if pixels is None:
             whole = self.read(level, x_px, y_px, width_px, height_px)
             return np.asarray(Image.fromarray(whole).reduce(factor))
@@ -238,7 +249,7 @@ class Slide:
         canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
         return canvas
 
-    def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int, factor: int) -> Pixels | None:
+    def _pixels(self, level: int, x1: int, y1: int, x2: int, y2: int, factor: int, overlapping: bool) -> Pixels | None:
         """The rectangle, inside the level; None where a factor above 1 takes the mean of all its pixels."""
         tiles = self._tiles
         if factor > 1 and not (tiles and self._decodes_tiles and tiles.scales(level, factor)):
@@ -246,7 +257,7 @@ class Slide:
         # Absent tiles are background; what a reader gives for them is not to be relied on.
         if tiles and (self._decodes_tiles or self._has_absent(level, x1, y1, x2, y2)):
             try:
-                return tiles.read(level, x1, y1, x2, y2, factor=factor)
+                return tiles.read(level, x1, y1, x2, y2, factor=factor, overlapping=overlapping)
             except TileDefectError as error:
                 raise DamagedTileError(str(error)) from None
             except NotCopyableError:  # a tile that needs the reader: another colour space, progressive, ...

@@ -216,10 +216,13 @@ class TiffTiles:
         whole = page.tile_width_px % factor == page.tile_height_px % factor == 0
         return whole and page.codec == "libjpeg" and factor in _SCALED_DECODES
 
-    def read(self, level: int, x1: int, y1: int, x2: int, y2: int, *, factor: int = 1) -> Pixels:
+    def read(
+        self, level: int, x1: int, y1: int, x2: int, y2: int, *, factor: int = 1, overlapping: bool = True
+    ) -> Pixels:
         """Pixels of the half-open rectangle, inside the level: uint8 [(y2 - y1) // factor, (x2 - x1) // factor, 3].
 
-        A factor above 1 needs `scales`, and edges that are multiples of it.
+        A factor above 1 needs `scales`, and edges that are multiples of it. Without `overlapping` the caller's
+        rectangles are disjoint: a tile inside one is not met again.
 
         Raises TileDefectError, which names the tile, where one does not decode, and NotCopyableError where one cannot
         be decoded by itself.
@@ -228,8 +231,8 @@ class TiffTiles:
         width, height = page.tile_width_px // factor, page.tile_height_px // factor
         x1, y1, x2, y2 = x1 // factor, y1 // factor, x2 // factor, y2 // factor
         columns, rows = range(x1 // width, -(-x2 // width)), range(y1 // height, -(-y2 // height))
-        if (x2 - x1, y2 - y1, len(columns), len(rows)) == (width, height, 1, 1):
-            # One whole tile: neither copied nor kept, for a grid that asks for whole tiles asks for each of them once.
+        whole = not (x1 % width or y1 % height or x2 % width or y2 % height)
+        if whole and len(columns) == len(rows) == 1:
             return self._decode(level, columns[0], rows[0], factor)
         # The next row of windows meets all but the first of these rows of tiles again. No more is kept than that and
         # the row that is being filled: memory that goes round is faster than new memory.
@@ -240,6 +243,9 @@ class TiffTiles:
             ya, yb = max(y1, top), min(y2, top + height)
             for column in columns:
                 left = column * width
+                if whole and not overlapping:
+                    pixels[top - y1 : yb - y1, left - x1 : left - x1 + width] = self._decode(level, column, row, factor)
+                    continue
                 xa, xb = max(x1, left), min(x2, left + width)
                 tile = self._tile(level, column, row, factor, keep_bytes)
                 pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
