@@ -22,13 +22,15 @@ demo: setup
 	@$(BIN)/engine synth $(DEMO)/slides --slides 4 --size 4096 --seed 0
 	@echo "--- slides to a dataset"
 	@$(BIN)/engine shard shard/tiny slides=$(DEMO)/slides out=$(DEMO)/dataset
-	@echo "--- every byte checked"
+	@echo "--- every byte checked, and one page about it"
 	@$(BIN)/engine verify $(DEMO)/dataset
+	@$(BIN)/engine report $(DEMO)/dataset
 	@echo "--- ViTTM-HMR, tiny, on the dataset"
 	@$(BIN)/engine train train/vittm_hmr_tiny dataset=$(DEMO)/dataset run=$(DEMO)/run steps=60
 	@echo
 	@echo "The loss at the start and at the end stand above; the run's every step is in $(DEMO)/run/metrics.jsonl."
 	@echo "Look at:  $(DEMO)/slides/*.svs            the painted slides (any slide viewer)"
+	@echo "          $(DEMO)/dataset/report.html     the dataset on one page (any browser)"
 	@echo "          $(DEMO)/dataset/shards/*.tar    patches as WebDataset shards; index.parquet beside them"
 	@echo "          $(DEMO)/run/                    checkpoints, metrics, TensorBoard"
 

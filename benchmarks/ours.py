@@ -16,6 +16,7 @@ from sharding.permute import Member, PermuteJob
 from sharding.plan import SlidePlan, plan_slide
 from sharding.slide import fingerprint, open_slide
 from sharding.stage import SlideJob, Staged, stage_rows
+from sharding.tissue import TissueMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ class Ours:
             SlideJob(f"slide-{number}", str(path), fingerprint(path), None, "", options)
             for number, path in enumerate(slides)
         )
-        return cls(jobs, tuple(_plan(job) for job in jobs))
+        # The mask has done its work, and would be sent along to every process.
+        empty = TissueMask(np.zeros((1, 1), bool), 1.0, 1.0, 0, np.zeros((1, 1, 3), np.uint8))
+        return cls(jobs, tuple(replace(_plan(job), mask=empty) for job in jobs))
 
     def patches(self) -> list[Patch]:
         """What `run` stores, slide by slide in raster order: the work that a peer is given too."""
@@ -67,6 +70,8 @@ class Ours:
 
         Each slide is opened anew: an open one keeps tiles that it has decoded.
         """
+        if not self.jobs:
+            return 0
         members = []
         for prepared, plan in zip(self.jobs, self.plans, strict=True):
             job = replace(prepared, dataset=str(out))

@@ -102,7 +102,9 @@ def _parallel_rate(setting: Setting, routes: str, *, workers: int, local: bool) 
 
     fsync is part of it: processes wait for the disk side by side.
     """
-    ours = Ours.prepare(painted(setting, "chroma_420")[:1], check_tiles=False, routes=routes, **SAME_WORK)
+    # About the 4096 patches of a shard where they are copied; decoding takes long enough as it is.
+    slides = painted(setting, "chroma_420")[: 1 if routes == "decode" else None]
+    ours = Ours.prepare(slides, check_tiles=False, routes=routes, **SAME_WORK)
     with TemporaryDirectory(dir=setting.work) as folder, every_core(setting):
         barrier = Path(folder) / "barrier"
         barrier.mkdir()

@@ -12,7 +12,7 @@ import numpy as np
 from sharding.encode import encode_patch, read_patch
 from sharding.plan import SlidePlan
 from sharding.slide import DamagedTileError, Slide, SlideError, open_slide
-from sharding.stage import SlideJob, plan_of
+from sharding.stage import SlideJob, plan_of, unexpected
 from sharding.writer import BLOCK
 
 _TRIED_PATCHES = 16
@@ -81,10 +81,9 @@ def estimate_slide(job: SlideJob) -> Estimate:
                 seconds=planned - started + per_patch * plan.num_patches,
             )
     except Exception as error:  # as in stage_slide
-        kind = "" if isinstance(error, SlideError | OSError) else f"unexpected {type(error).__name__}: "
-        return Estimate(
-            job.slide_id, kind + " ".join(str(error).split()) or "unknown", seconds=time.monotonic() - started
-        )
+        foreseen = isinstance(error, SlideError | OSError)
+        reason = " ".join(str(error).split()) if foreseen else unexpected(error)
+        return Estimate(job.slide_id, reason, seconds=time.monotonic() - started)
 
 
 def _payload_bytes(job: SlideJob, slide: Slide, plan: SlidePlan, i: int) -> int:

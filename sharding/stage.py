@@ -150,14 +150,17 @@ def stage_slide(job: SlideJob) -> SlideRecord:
             record = quarantined(job, " ".join(str(error).split()), seconds=time.monotonic() - started)
         except Exception as error:
             # A hostile file finds ways that no reader's author thought of. It is this slide's failure, and is reported.
-            record = quarantined(
-                job,
-                f"unexpected {type(error).__name__}: {' '.join(str(error).split())}",
-                seconds=time.monotonic() - started,
-                trace=traceback.format_exc(),
-            )
+            trace = traceback.extract_tb(error.__traceback__)
+            places = "".join(traceback.format_list(trace))
+            record = quarantined(job, unexpected(error), seconds=time.monotonic() - started, trace=places)
         write_record(job, record)
     return record
+
+
+def unexpected(error: Exception) -> str:
+    """What is said of an error that nobody foresaw. Its message may quote the slide's metadata, so it is left out."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"unexpected {type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
 
 
 def write_record(job: SlideJob, record: SlideRecord) -> None:

@@ -35,7 +35,14 @@ def test_an_error_that_no_reader_thought_of_is_that_slides_alone(
     monkeypatch.setattr(shard, "fan_out", _in_process)
     result = shard.run(make_recipe(slides, tmp_path / "out"), local=True)
     assert result["slides"] == {"done": 2, "quarantined": 1}
-    assert result["failures"] == [{"slide_id": "synth-0001", "reason": "unexpected ZeroDivisionError: a surprise"}]
+    (failure,) = result["failures"]
+    assert failure["slide_id"] == "synth-0001"
+    # Its message may quote the slide's metadata.
+    assert failure["reason"].startswith("unexpected ZeroDivisionError at test_review.py:")
+    (line,) = [
+        json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines() if "Error" in line
+    ]
+    assert "raise ZeroDivisionError" in line["traceback"]
 
 
 def _in_process(function: Any, jobs: Any, **_: Any) -> Any:
