@@ -142,6 +142,8 @@ def stage_slide(job: SlideJob) -> SlideRecord:
     record = read_record(job)
     if record is None:
         started = time.monotonic()
+        # An outdated record goes before its rows are written over: after a death it would stand for the new ones.
+        job.work.record(job.name).unlink(missing_ok=True)
         try:
             record = _stage(job, started)
         except (SlideError, OSError) as error:
@@ -204,12 +206,13 @@ def plan_of(job: SlideJob, slide: Slide, *, keep: bool = True) -> SlidePlan:
 def _stage(job: SlideJob, started: float) -> SlideRecord:
     path = Path(job.path)
     status = path.stat()
-    if fingerprint(path) != job.fingerprint:
-        raise SlideError("the file changed while the run was under way; run again")
+    _check_fingerprint(job)
     _check_md5(job)
     with open_slide(path, job.options.reader) as slide:
         plan = plan_of(job, slide)
         staged = stage_rows(job, slide, plan, (status.st_size, status.st_mtime_ns))
+        if path.stat().st_mtime_ns != status.st_mtime_ns:
+            _check_fingerprint(job)
         reason = bad_reason(staged.damaged, plan.num_patches)
         check_bad_fraction(reason, len(staged.damaged), plan.num_patches, job.options)
         _write_qc(job, slide, plan, staged.damaged)
@@ -239,6 +242,11 @@ def _stage(job: SlideJob, started: float) -> SlideRecord:
             patches_quarantined=len(staged.damaged),
             seconds=time.monotonic() - started,
         )
+
+
+def _check_fingerprint(job: SlideJob) -> None:
+    if fingerprint(Path(job.path)) != job.fingerprint:
+        raise SlideError("the file changed while the run was under way; run again")
 
 
 def _check_md5(job: SlideJob) -> None:
