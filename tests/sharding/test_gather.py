@@ -23,6 +23,7 @@ from sharding.permute import Member, PermuteJob
 from sharding.rows import ROW
 from sharding.stage import SlideJob, read_record
 from sharding.work import WorkFolder
+from sharding.writer import write_members
 
 MakeJob = Callable[..., SlideJob]
 COPIES: dict[str, Any] = {"context_px": 256, "stride_px": 256, "patches_per_shard": 4, "min_tissue": 0.0}
@@ -240,6 +241,27 @@ def test_a_shard_whose_patches_are_all_rejected_is_none(own: Path, make_job: Mak
     assert list((tmp_path / "shards").iterdir()) == []
     assert read_result(one) == gather_shard(one) == result
     assert all(gather_shard(other).shard is not None for other in others)
+
+
+def test_of_large_patches_fewer_are_held_at_a_time(
+    slides: Any, make_job: MakeJob, shard_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"context_px": 256, "stride_px": 256, "patches_per_shard": 100}
+    (whole,) = staged(make_job(slides["plain"], tmp_path / "whole", **options))
+    gather_shard(whole)
+    held = []
+
+    def noted(descriptor: int, headers: Any, payloads: Any) -> None:
+        held.append(sum(len(head) + len(rest) for head, rest in payloads))
+        write_members(descriptor, headers, payloads)
+
+    monkeypatch.setattr(gather, "write_members", noted)
+    monkeypatch.setattr(gather, "_WINDOW_BYTES", 40_000)
+    (job,) = staged(make_job(slides["plain"], tmp_path / "parts", **options))
+    gather_shard(job)
+    assert len(held) > 1
+    assert max(held) < 60_000  # a row's length is without its head
+    assert shard_files(tmp_path / "whole") == shard_files(tmp_path / "parts")
 
 
 def test_a_slide_that_was_replaced_under_way_ends_the_run(
