@@ -213,9 +213,6 @@ class SourceFiles:
             if heads[i] != RAW:
                 head, start = file.heads[heads[i]]
                 checksum = crc32(data, start)
-                if checksum != expected[i]:
-                    _reject(file.source, rows[i], "has changed since it was checked (crc32)", damaged)
-                    continue
             else:
                 try:
                     head, rest, start = _parse(file, data, lengths[i])
@@ -223,6 +220,9 @@ class SourceFiles:
                     _reject(file.source, rows[i], f"cannot be copied: {error}", damaged)
                     continue
                 checksum = crc32(rest, start)  # type: ignore[arg-type]  # its stub forgets memoryview
+            if checksum != expected[i] and (heads[i] != RAW or expected[i]):
+                _reject(file.source, rows[i], "has changed since it was checked (crc32)", damaged)
+                continue
             payloads[i] = (head, rest)
             checksums[i] = checksum
         rows = rows.copy()
