@@ -38,7 +38,7 @@ def list_slides(source: str) -> list[ListedSlide]:
 
     In a glob `**` is any number of folders. Hidden files and folders are left out of folders and globs. The paths of a
     list are relative to the folder it lies in. A listed file that is missing stays listed: the run reports it. Raises
-    UsageError where there are no slides, the list cannot be read, or two slides have one id.
+    UsageError where there are no slides, the list cannot be read, two slides have one id, or a name is no UTF-8.
     """
     path = Path(source).expanduser()
     if any(character in source for character in "*?[") and not path.exists():
@@ -59,6 +59,10 @@ def list_slides(source: str) -> list[ListedSlide]:
         raise UsageError(f"slides={source}: no slide in {where}.")
     first: dict[str, ListedSlide] = {}
     for slide in slides:
+        if not _is_utf8(str(slide.path)):
+            raise UsageError(
+                f"the name of the slide {str(slide.path)!r} is no UTF-8, which the index needs: rename it."
+            )
         other = first.setdefault(slide.slide_id, slide)
         if other is not slide:
             raise UsageError(
@@ -66,6 +70,14 @@ def list_slides(source: str) -> list[ListedSlide]:
                 "Give a CSV with a column slide_id that tells them apart."
             )
     return sorted(slides, key=lambda slide: slide.slide_id)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def subset(slides: Sequence[ListedSlide], n: int, seed: int) -> list[ListedSlide]:
@@ -83,8 +95,7 @@ def subset(slides: Sequence[ListedSlide], n: int, seed: int) -> list[ListedSlide
 
 
 def _subset_key(slide_id: str, seed: int) -> bytes:
-    # A file name need not be UTF-8.
-    return hashlib.blake2b(slide_id.encode(errors="surrogateescape"), digest_size=16, key=str(seed).encode()).digest()
+    return hashlib.blake2b(slide_id.encode(), digest_size=16, key=str(seed).encode()).digest()
 
 
 def absolute(source: str) -> str:

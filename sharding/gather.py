@@ -42,6 +42,7 @@ from sharding.writer import (
 
 # Payloads that are read, in the order of their files, before they are written in theirs.
 _WINDOW_PATCHES = 256
+_WINDOW_BYTES = 128 << 20  # of large patches fewer are read at a time
 _OPEN_FILES = 256
 _MOST_KNOWN = 4  # beginnings of raw tiles that are told apart, per file
 
@@ -118,10 +119,11 @@ def write_shard(work: WorkFolder, job: GatherJob, rows: Rows, files: SourceFiles
     damaged: dict[str, list[Any]] = {}
     kept: list[Rows] = []
     work.shard(name, "parquet").unlink(missing_ok=True)  # the commit of another permutation's shard goes first
+    step = max(1, min(_WINDOW_PATCHES, _WINDOW_BYTES // max(1, int(rows["length"].max()))))
     with atomic_path(work.shard(name, "tar")) as temporary, open(temporary, "wb", buffering=0) as file:
-        for start in range(0, len(rows), _WINDOW_PATCHES):
+        for start in range(0, len(rows), step):
             fault_point("gather.window")
-            window, payloads = files.read(rows[start : start + _WINDOW_PATCHES], damaged)
+            window, payloads = files.read(rows[start : start + step], damaged)
             headers = tar_headers(keys_of(window["sample_id"]), window["length"].astype(np.uint64))
             write_members(file.fileno(), headers, payloads)
             kept.append(window)
@@ -211,9 +213,6 @@ class SourceFiles:
             if heads[i] != RAW:
                 head, start = file.heads[heads[i]]
                 checksum = crc32(data, start)
-                if checksum != expected[i]:
-                    _reject(file.source, rows[i], "has changed since it was checked (crc32)", damaged)
-                    continue
             else:
                 try:
                     head, rest, start = _parse(file, data, lengths[i])
@@ -221,6 +220,9 @@ class SourceFiles:
                     _reject(file.source, rows[i], f"cannot be copied: {error}", damaged)
                     continue
                 checksum = crc32(rest, start)  # type: ignore[arg-type]  # its stub forgets memoryview
+            if checksum != expected[i] and (heads[i] != RAW or expected[i]):
+                _reject(file.source, rows[i], "has changed since it was checked (crc32)", damaged)
+                continue
             payloads[i] = (head, rest)
             checksums[i] = checksum
         rows = rows.copy()

@@ -12,7 +12,6 @@ import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -228,17 +227,16 @@ def load_plan(path: Path, digest: str) -> SlidePlan | None:
             meta = json.loads(kept["meta"].tobytes())
             if meta["digest"] != digest:
                 return None
-            rows, bits, picture = kept["rows"], kept["mask"], kept["picture"].tobytes()
-    except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
+            rows, bits = kept["rows"], kept["mask"]
+            picture = simplejpeg.decode_jpeg(kept["picture"].tobytes(), "RGB")
+    except Exception:  # zipfile and numpy raise many kinds on a damaged file
         return None
     shape = tuple(meta["mask"].pop("shape"))
     mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
     return SlidePlan(
         geometry=Geometry(**meta["geometry"]),
         spacing=None if meta["spacing"] is None else Spacing(**meta["spacing"]),
-        mask=TissueMask(
-            mask, **meta["mask"], threshold=meta["threshold"], picture=simplejpeg.decode_jpeg(picture, "RGB")
-        ),
+        mask=TissueMask(mask, **meta["mask"], threshold=meta["threshold"], picture=picture),
         rows=rows,
         copies=meta["copies"],
     )

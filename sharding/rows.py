@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 # One patch, 64 bytes. `source` numbers the files that bytes come from. A payload is head number `head` of its source
 # followed by the `length` bytes at `offset` of its file, and `crc32` is the payload's. With head RAW these bytes are a
-# TIFF tile as it lies in the slide, not looked at yet, and crc32 is not known. `region` is -1 where there is none.
+# TIFF tile as it lies in the slide; where it was not looked at yet crc32 is 0. `region` is -1 where there is none.
 ROW = np.dtype(
     [
         ("sample_id", "<u8"),

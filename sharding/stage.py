@@ -27,11 +27,13 @@ from sharding.index import FLAG_PARTIAL_REGION
 from sharding.md5 import md5_of
 from sharding.plan import ShardOptions, SlidePlan, load_plan, plan_digest, plan_slide, save_plan
 from sharding.qc import qc_picture
-from sharding.rows import NO_REGION, Rows
-from sharding.slide import DamagedTileError, Pixels, Slide, SlideError, fingerprint, open_slide
+from sharding.rows import NO_REGION, RAW, Rows
+from sharding.slide import DamagedTileError, Pixels, RawTiles, Slide, SlideError, fingerprint, open_slide
 from sharding.work import WorkFolder
 
 _MIN_TILE_BYTES = 4
+# Tiles with Huffman tables of their own have a head each: those beyond are made again when the tile is copied.
+_MOST_HEADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ class Source:
     """A file that payloads come from, and what its patches have in common.
 
     `path` is absolute; "" stands for the slide's own payloads in the work folder. `heads` are what precedes the bytes
-    of the file in a payload, in hexadecimal. `raw` describes TIFF tiles that were not looked at: [prefix in
-    hexadecimal, whether they are RGB, their side in pixels].
+    of the file in a payload, in hexadecimal. `raw` describes whole TIFF tiles: [prefix in hexadecimal, whether they are
+    RGB, their side in pixels].
     """
 
     slide_id: str
@@ -142,6 +144,8 @@ def stage_slide(job: SlideJob) -> SlideRecord:
     record = read_record(job)
     if record is None:
         started = time.monotonic()
+        # An outdated record goes before its rows are written over: after a death it would stand for the new ones.
+        job.work.record(job.name).unlink(missing_ok=True)
         try:
             record = _stage(job, started)
         except (SlideError, OSError) as error:
@@ -204,12 +208,13 @@ def plan_of(job: SlideJob, slide: Slide, *, keep: bool = True) -> SlidePlan:
 def _stage(job: SlideJob, started: float) -> SlideRecord:
     path = Path(job.path)
     status = path.stat()
-    if fingerprint(path) != job.fingerprint:
-        raise SlideError("the file changed while the run was under way; run again")
+    _check_fingerprint(job)
     _check_md5(job)
     with open_slide(path, job.options.reader) as slide:
         plan = plan_of(job, slide)
         staged = stage_rows(job, slide, plan, (status.st_size, status.st_mtime_ns))
+        if path.stat().st_mtime_ns != status.st_mtime_ns:
+            _check_fingerprint(job)
         reason = bad_reason(staged.damaged, plan.num_patches)
         check_bad_fraction(reason, len(staged.damaged), plan.num_patches, job.options)
         _write_qc(job, slide, plan, staged.damaged)
@@ -239,6 +244,11 @@ def _stage(job: SlideJob, started: float) -> SlideRecord:
             patches_quarantined=len(staged.damaged),
             seconds=time.monotonic() - started,
         )
+
+
+def _check_fingerprint(job: SlideJob) -> None:
+    if fingerprint(Path(job.path)) != job.fingerprint:
+        raise SlideError("the file changed while the run was under way; run again")
 
 
 def _check_md5(job: SlideJob) -> None:
@@ -328,6 +338,7 @@ class _Stager:
         """Decode each tile strictly and note its place, crc32 and flags; returns the patches that are no copy."""
         rows, level = self.rows, self.plan.geometry.level
         heads: dict[bytes, int] = {}
+        raw = self.slide.raw_tiles(level)
         places: list[tuple[int, int, int, int]] = []
         copied, left = [], []
         for i, (column, row) in enumerate(zip(rows["col"].tolist(), rows["row"].tolist(), strict=True)):
@@ -341,12 +352,18 @@ class _Stager:
                 left.append(i)
                 continue
             copied.append(i)
-            head = heads.setdefault(tile.head, len(heads))
-            places.append((head, tile.offset, tile.length, deflate_crc32(tile.stream)))
+            checksum = deflate_crc32(tile.stream)
+            if len(heads) < _MOST_HEADS or tile.head in heads:
+                places.append((heads.setdefault(tile.head, len(heads)), tile.offset, tile.length, checksum))
+            else:
+                assert raw is not None
+                at = row * raw.columns + column
+                places.append((RAW, int(raw.offsets[at]), int(raw.lengths[at]), checksum))
             if tile.pixels is not None:
                 self._flag(i, tile.pixels)
         self._place(copied, places)
-        self._add("copy", self.job.path, self.identity, heads=[head.hex() for head in heads])
+        described = None if raw is None or len(heads) < _MOST_HEADS else self._described(raw)
+        self._add("copy", self.job.path, self.identity, heads=[head.hex() for head in heads], raw=described)
         return np.array(left, np.intp)
 
     def locate(self) -> npt.NDArray[np.intp]:
@@ -368,9 +385,11 @@ class _Stager:
             self.damaged[i] = self._tile(i, f"is empty ({length[i]} bytes)")
         for i in np.flatnonzero(known & ~absent & (length > size - np.minimum(offset, size))).tolist():
             self.damaged[i] = self._tile(i, "reaches beyond the end of the file")
-        description = (raw.header.prefix.hex(), raw.header.rgb, self.plan.geometry.context_px)
-        self._add("copy", self.job.path, self.identity, heads=[], raw=description)
+        self._add("copy", self.job.path, self.identity, heads=[], raw=self._described(raw))
         return np.flatnonzero(absent)
+
+    def _described(self, raw: RawTiles) -> tuple[str, bool, int]:
+        return raw.header.prefix.hex(), raw.header.rgb, self.plan.geometry.context_px
 
     def encode(self, patches: npt.NDArray[np.intp]) -> None:
         """Read, encode and append each patch to the slide's payloads."""

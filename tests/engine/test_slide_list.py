@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_two_slides_of_one_name_are_refused_with_both_paths(folder: Path) -> Non
         list_slides(str(folder))
     for part in ("'b'", str(folder / "b.svs"), str(folder / "deep" / "b.svs"), "slide_id"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"ends in \xff.svs", b"\xff folder/good.svs"])
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_done(folder: Path, name: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"udcff.* is no UTF-8"):
+        list_slides(str(folder))
 
 
 def test_a_csv_gives_ids_spacings_and_further_columns(folder: Path) -> None:

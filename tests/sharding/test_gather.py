@@ -16,13 +16,14 @@ import pytest
 import simplejpeg
 import tifffile
 
-from sharding import gather
+from sharding import gather, stage
 from sharding.gather import GatherJob, SlideChangedError, gather_shard, read_result
 from sharding.index import FLAG_WHITE, INDEX_SCHEMA, DatasetDamagedError
 from sharding.permute import Member, PermuteJob
 from sharding.rows import ROW
-from sharding.stage import SlideJob, read_record
+from sharding.stage import SlideJob, read_record, read_sources
 from sharding.work import WorkFolder
+from sharding.writer import write_members
 
 MakeJob = Callable[..., SlideJob]
 COPIES: dict[str, Any] = {"context_px": 256, "stride_px": 256, "patches_per_shard": 4, "min_tissue": 0.0}
@@ -110,10 +111,9 @@ def test_unchecked_copies_are_those_of_checked_ones_but_for_flags(
     assert set(tables[0]["flags"].to_pylist()) == {0, FLAG_WHITE}
 
 
-def test_tiles_of_many_headers_are_copied_unchecked(
-    make_job: MakeJob, run_slide: Any, stored: Any, tmp_path: Path
-) -> None:
-    """Each tile brings tables of its own, so that no two begin alike."""
+@pytest.fixture
+def own_tables(tmp_path: Path) -> tuple[Path, list[bytes]]:
+    """A slide of four JPEG tiles, each of which brings tables of its own, so that no two begin alike; the tiles."""
     pixels = np.random.default_rng(0).integers(90, 160, (512, 512, 3), dtype=np.uint8)
     pixels[:, :, 1] //= 2
     tiles = [
@@ -128,15 +128,41 @@ def test_tiles_of_many_headers_are_copied_unchecked(
     tifffile.imwrite(
         path, iter(tiles), photometric="ycbcr", resolution=(20000, 20000), resolutionunit="CENTIMETER", **layout
     )
+    return path, tiles
+
+
+def test_tiles_of_many_headers_are_copied(
+    own_tables: tuple[Path, list[bytes]],
+    make_job: MakeJob,
+    run_slide: Any,
+    stored: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, tiles = own_tables
     found = []
-    for folder, checked in (("a", True), ("b", False)):
-        options = {**COPIES, "check_tiles": checked}
-        record = run_slide(make_job(path, tmp_path / folder, **options))
+    for folder, checked, most_heads in (("a", True, 64), ("b", False, 64), ("c", True, 2)):
+        monkeypatch.setattr(stage, "_MOST_HEADS", most_heads)
+        job = make_job(path, tmp_path / folder, **COPIES, check_tiles=checked)
+        record = run_slide(job)
         assert record.patches_copied == 4
         found.append(stored(tmp_path / folder, record))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     for i, payload in enumerate(found[0][divmod(i, 2)] for i in range(4)):
         assert np.array_equal(simplejpeg.decode_jpeg(payload), simplejpeg.decode_jpeg(tiles[i]))
+
+
+def test_of_tiles_of_many_headers_few_are_kept_and_all_are_checked(
+    own_tables: tuple[Path, list[bytes]], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_MOST_HEADS", 2)
+    job = make_job(own_tables[0], tmp_path, **COPIES)
+    (gathered,) = staged(job)
+    assert [len(source.heads) for source in read_sources(job.work, job.name)] == [2]
+    rot(own_tables[0], 1, 1)
+    ((count, reason, _),) = gather_shard(gathered).damaged.values()
+    assert count == 1
+    assert reason == "TIFF tile (1, 1) of level 0 has changed since it was checked (crc32)"
 
 
 def test_a_tile_that_changed_since_it_was_checked_is_rejected_and_counted(
@@ -240,6 +266,27 @@ def test_a_shard_whose_patches_are_all_rejected_is_none(own: Path, make_job: Mak
     assert list((tmp_path / "shards").iterdir()) == []
     assert read_result(one) == gather_shard(one) == result
     assert all(gather_shard(other).shard is not None for other in others)
+
+
+def test_of_large_patches_fewer_are_held_at_a_time(
+    slides: Any, make_job: MakeJob, shard_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"context_px": 256, "stride_px": 256, "patches_per_shard": 100}
+    (whole,) = staged(make_job(slides["plain"], tmp_path / "whole", **options))
+    gather_shard(whole)
+    held = []
+
+    def noted(descriptor: int, headers: Any, payloads: Any) -> None:
+        held.append(sum(len(head) + len(rest) for head, rest in payloads))
+        write_members(descriptor, headers, payloads)
+
+    monkeypatch.setattr(gather, "write_members", noted)
+    monkeypatch.setattr(gather, "_WINDOW_BYTES", 40_000)
+    (job,) = staged(make_job(slides["plain"], tmp_path / "parts", **options))
+    gather_shard(job)
+    assert len(held) > 1
+    assert max(held) < 60_000  # a row's length is without its head
+    assert shard_files(tmp_path / "whole") == shard_files(tmp_path / "parts")
 
 
 def test_a_slide_that_was_replaced_under_way_ends_the_run(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from sharding import stage
+from sharding.plan import ShardOptions, load_plan, plan_slide, save_plan
+from sharding.slide import open_slide
 from sharding.stage import SlideJob, stage_slide
 
 MakeJob = Callable[..., SlideJob]
@@ -58,3 +60,19 @@ def test_a_kept_plan_gives_the_same_rows(slides: Any, make_job: MakeJob, tmp_pat
     one, other = (np.load(job.work.rows(job.name)) for job in jobs)
     assert one.tobytes() == other.tobytes()
     assert jobs[0].work.qc("slide").read_bytes() == jobs[1].work.qc("slide").read_bytes()
+
+
+def test_a_kept_plan_that_is_damaged_anywhere_is_none_or_what_it_was(
+    slides: Any, make_options: Callable[..., ShardOptions], tmp_path: Path
+) -> None:
+    options, path = make_options(), tmp_path / "plan"
+    with open_slide(slides["plain"]) as slide:
+        save_plan(path, plan_slide(slide, "f", options, mpp_override=None), "digest")
+    whole, data = load_plan(path, "digest"), path.read_bytes()
+    assert whole is not None
+    # The first entry's headers, the end of the last one, and the directory of the archive.
+    for byte in [*range(160), *range(len(data) - 400, len(data))]:
+        for bit in (0, 3, 5, 7):
+            path.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
+            found = load_plan(path, "digest")
+            assert found is None or found.rows.tobytes() == whole.rows.tobytes()

@@ -260,6 +260,43 @@ def test_no_slide_files_are_a_record_too(make_job: MakeJob, run_slide: Any, slid
     assert "changed while the run was under way" in run_slide(changed).reason
 
 
+def test_a_slide_that_is_replaced_while_it_is_read_is_refused(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = Path(shutil.copyfile(slides["plain"], tmp_path / "own.svs"))
+    job = make_job(slide, tmp_path, routes="decode")
+    opened = stage.open_slide
+
+    def late(path: Path, reader: Any) -> Slide:
+        other = shutil.copyfile(slides["rgb"], tmp_path / "other.svs")
+        Path(other).replace(path)
+        return opened(path, reader)
+
+    monkeypatch.setattr(stage, "open_slide", late)
+    record = stage_slide(job)
+    assert (record.status, record.patches) == ("quarantined", 0)
+    assert "changed while the run was under way" in record.reason
+
+
+def test_a_death_over_the_rows_of_another_spacing_leaves_no_record_of_it(
+    slides: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [make_job(slides["plain"], tmp_path, mpp=None, mpp_override=mpp) for mpp in (0.5, 0.25)]
+    assert stage_slide(jobs[0]).status == "done"
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_record", die)
+        with pytest.raises(KeyboardInterrupt):
+            stage_slide(jobs[1])
+    # The rows are those of the second spacing: the first is staged anew.
+    assert read_record(jobs[0]) is None
+    assert stage_slide(jobs[0]).mpp == 0.5
+    assert {source.mpp for source in read_sources(jobs[0].work, jobs[0].name)} == {0.5}
+
+
 def test_nothing_of_the_scanner_or_the_patient_reaches_the_shards(
     make_job: MakeJob, run_slide: Any, tmp_path: Path
 ) -> None:
