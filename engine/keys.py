@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -28,8 +30,19 @@ def _lines(recipe: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             lines += _lines(inner, f"{prefix}{name}.")
             continue
-        default = "(needed)" if field.default is PydanticUndefined else f"[{field.default}]"
+        meaning = ": ".join(part for part in (_choices(inner), field.description) if part)
         lines += textwrap.wrap(
-            f"{f'{prefix}{name}':<24} {default}  {field.description or ''}", width=118, subsequent_indent=" " * 27
+            f"{f'{prefix}{name}':<24} {_default(field.default)}  {meaning}", width=118, subsequent_indent=" " * 27
         )
     return lines
+
+
+def _default(value: Any) -> str:
+    """The default as it is typed in a recipe."""
+    if value is PydanticUndefined:
+        return "(needed)"
+    return f"[{value if isinstance(value, str) else json.dumps(value)}]"
+
+
+def _choices(annotation: Any) -> str:
+    return " | ".join(get_args(annotation)) if get_origin(annotation) is Literal else ""

@@ -46,10 +46,14 @@ class ShardRecipe(_Recipe):
     context_px: int = Field(256, ge=16, le=8192, description="side of a stored patch")
     stride_px: int | None = Field(None, ge=16, description="step of the grid; context_px where it is left out")
     min_tissue: float = Field(0.5, ge=0, le=1, description="smallest share of tissue in a grid cell, or in a region")
-    tissue: Literal["otsu", "clam"] = Field("otsu", description="recipe of the tissue mask; clam is CLAM's")
+    tissue: Literal["otsu", "clam"] = Field(
+        "otsu", description="recipe of the tissue mask: Otsu's threshold on saturation, or CLAM's"
+    )
     min_object_um2: float = Field(1000.0, ge=0, description="smaller pieces of tissue are dropped")
     max_hole_um2: float = Field(4000.0, ge=0, description="smaller holes in the tissue are filled")
-    region_patches: int | None = Field(None, ge=2, le=256, description="side of a region in patches; null: none")
+    region_patches: int | None = Field(
+        None, ge=2, le=256, description="side of a region in patches; null is no regions"
+    )
     quality: int = Field(85, ge=1, le=100, description="JPEG quality of re-encoded patches (4:4:4)")
     optimize_huffman: bool = Field(True, description="optimised Huffman tables: smaller, slower to write")
     reader: Literal["auto", "cucim", "openslide"] = Field("auto", description="a named reader never falls back")
@@ -58,13 +62,17 @@ class ShardRecipe(_Recipe):
     patch_flags: bool = Field(True, description="flag white and blurred patches (not those copied unchecked)")
     max_bad_fraction: float = Field(0.5, ge=0, le=1, description="a slide with more damaged patches is quarantined")
     permute: Literal["group", "global", "slide"] = Field(
-        "group", description="shuffle the patches of a group of slides, of all slides, or of each slide by itself"
+        "group", description="patches are shuffled within groups of slides, over all slides, or within each slide"
     )
     group_slides: int = Field(256, ge=1, description="slides in a group, at most")
     patches_per_shard: int = Field(4096, ge=1, description="patches in a shard, about")
     seed: int = Field(0, ge=0, lt=2**64, description="of groups, shards, their order, and the subset")
-    subset: int | None = Field(None, ge=1, description="take this many slides, chosen at random by the seed")
-    barcodes: Literal["none", "tcga"] = Field("none", description="tcga: patient, sample type, label by file name")
+    subset: int | None = Field(
+        None, ge=1, description="take this many slides, chosen at random by the seed; null is all"
+    )
+    barcodes: Literal["none", "tcga"] = Field(
+        "none", description="columns patient_id, sample_type and label from the names of slides"
+    )
     md5_manifest: Place | None = Field(None, description="GDC manifest or md5sum output to check slides by")
     plans: Place | None = Field(None, description="folder that keeps plans for later runs")
     workers: int | Literal["auto"] = Field("auto", description="processes; auto is one per CPU core")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Any
 from engine.cluster import Crash, fan_out
 from engine.config import UsageError, dump
 from engine.console import progress, say
+from engine.figures import as_count, as_duration, as_size
 from engine.manifest import digests_of, read_manifest
 from engine.pipeline import Pipeline, run_job
 from engine.recipes import ShardRecipe
@@ -62,6 +64,8 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     meta = _finished(out, recipe, slides)
     _clean_up(out)
     say(f"{out} is finished already; nothing was written.")
+    if recipe.md5_manifest is not None:
+        say("note: no MD5 was compared now; slides are checked by md5_manifest when a dataset is made.")
     _note_changed_columns(out, slides)
     return _summary(out, meta, _failures(out), time.monotonic() - started)
 
@@ -146,6 +150,8 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     if (out / "dataset.json").is_file():
         _finished(out, recipe, slides)
     jobs, twins = _jobs(slides, out, recipe)
+    if recipe.md5_manifest is not None:
+        say("note: a dry run reads no whole slide and compares no MD5.")
     workers = _workers(recipe)
     options = recipe.options()
     estimates = [not_planned(twin.slide_id, twin.reason) for twin in twins]
@@ -311,6 +317,10 @@ def _run_jobs(
     patches = failed = shards = 0
     with progress("shard", len(jobs), "slides") as advance:
 
+        def note() -> str:
+            made = f"{as_count(patches, 'patch')}, {as_count(shards, 'shard')}"
+            return f"{made}, {as_count(failed, 'slide')} quarantined" if failed else made
+
         def on_slide(record: SlideRecord) -> None:
             nonlocal patches, failed
             patches += record.patches
@@ -321,12 +331,12 @@ def _run_jobs(
                 say(f"no patch: {record.slide_id}: {record.reason}")
             elif record.patches_quarantined:
                 say(f"damaged: {record.slide_id}: {record.reason}")
-            advance(1, f"{patches} patches, {shards} shards, {failed} slides quarantined")
+            advance(1, note())
 
         def on_shard(_shard: ShardRecord) -> None:
             nonlocal shards
             shards += 1
-            advance(0, f"{patches} patches, {shards} shards, {failed} slides quarantined")
+            advance(0, note())
 
         options = recipe.options()
         pipeline = Pipeline(make_groups(jobs, options), work, options, on_slide=on_slide, on_shard=on_shard)
@@ -400,22 +410,35 @@ def describe(result: dict[str, Any]) -> str:
     """The result for a person."""
     slides, patches = result["slides"], result["patches"]
     planned = "dry_run" in result
-    count = patches["copy"] + patches["decode"]
+    about = "about " if planned else ""
     lines = [
-        f"{'would make ' if planned else ''}{result['dataset']}: {count} patches of {slides['done']} slides "
-        f"in {result['shards']} shards, {'about ' if planned else ''}{result['bytes'] / 1e6:.1f} MB"
-        + (f", about {result['seconds']:.0f} s" if planned else f" ({result['seconds']:.1f} s)")
+        f"{'would make ' if planned else ''}{result['dataset']}: "
+        f"{as_count(patches['copy'] + patches['decode'], 'patch')} of {as_count(slides['done'], 'slide')} "
+        f"in {about}{as_count(result['shards'], 'shard')}, {about}{as_size(result['bytes'])}, "
+        f"{about}{as_duration(result['seconds'])}"
     ]
     if planned:
-        share = f"copy {patches['copy']}, decode {patches['decode']}"
-        lines.append(f"  routes: {share}")
-        sources = sorted({f"{s['mpp']:g} um/px ({s['source']})" for s in result["spacing"] if s["mpp"]})
-        lines.append(f"  spacing of level 0: {', '.join(sources) or 'unknown'}")
+        lines.append(f"  routes: copy {patches['copy']}, decode {patches['decode']}")
+        lines.append(f"  spacing of level 0: {_spacings(result['spacing'])}")
     else:
         lines.append(f"  digest {result['digest']}")
     if result["failures"]:
-        lines.append(f"  {slides['quarantined']} slides and {patches['quarantined']} patches were quarantined:")
+        what = f"{as_count(slides['quarantined'], 'slide')} and {as_count(patches['quarantined'], 'patch')}"
+        lines.append(f"  {what} {'would be' if planned else 'are'} quarantined:")
         lines += [f"    {failure['slide_id']}: {failure['reason']}" for failure in result["failures"][:20]]
         if len(result["failures"]) > 20:
-            lines.append(f"    ... and {len(result['failures']) - 20} more (slides.parquet lists all)")
+            where = "--json" if planned else "slides.parquet"
+            lines.append(f"    ... and {len(result['failures']) - 20} more ({where} lists all)")
     return "\n".join(lines)
+
+
+def _spacings(slides: Sequence[dict[str, Any]]) -> str:
+    """How many slides have which spacing, by hundredths (scanners say 0.2522, 0.2527 ...), and where it came from."""
+    counts = Counter((s["source"], None if s["mpp"] is None else round(s["mpp"], 2)) for s in slides)
+    return (
+        ", ".join(
+            f"{source if mpp is None else f'{mpp:g} um/px ({source})'}: {as_count(count, 'slide')}"
+            for (source, mpp), count in counts.most_common()
+        )
+        or "none"
+    )

@@ -66,7 +66,7 @@ class ViTTMHMRConfig(ModelConfig):
     slots: int | None = Field(
         default=None,
         gt=0,
-        description="Memory slots. None: one per target, (img_size/memory_patch)^2; original: always 256.",
+        description="Memory slots. null: one per target, (img_size/memory_patch)^2; original: always 256.",
     )
     target: Literal["random_projection", "pixels"] = Field(
         default="random_projection",
@@ -77,7 +77,7 @@ class ViTTMHMRConfig(ModelConfig):
         default=None,
         description="Over what a target is standardised. batch: each channel over all positions of the batch (of this "
         "rank); image: each channel over the positions of its own image; patch: each target over its own channels; "
-        "none. None: batch for random_projection, patch for pixels, none for the original.",
+        "none. null: batch for random_projection, patch for pixels, none for the original.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,8 @@
-"""Keyed hashing of 64-bit words, vectorised."""
+"""Keyed hashing of 64-bit words, vectorised.
+
+Ids of samples, the order of shards, the order of training and every crop follow from it: a change of a constant is a
+new version of the format and of the order.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,19 @@ import numpy.typing as npt
 U64Array = npt.NDArray[np.uint64]
 
 
-def splitmix64(values: U64Array) -> U64Array:
-    """Steele, Lea and Flood's splitmix64 finaliser, a bijection of 64-bit words; uint64 [n] -> uint64 [n]."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def mix64(words: U64Array) -> U64Array:
+    """splitmix64's finaliser, a bijection of 64-bit words that leaves 0 as it is; uint64 of any shape."""
+    mixed = words ^ (words >> np.uint64(30))
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def splitmix64(words: U64Array) -> U64Array:
+    """Steele, Lea and Flood's splitmix64, a bijection of 64-bit words; uint64 of any shape."""
+    return mix64(words + np.uint64(0x9E3779B97F4A7C15))
 
 
 def order_keys(sample_id: U64Array, seed: int) -> U64Array:

@@ -100,6 +100,11 @@ def test_keys_lists_the_recipes_keys(run: Run, verb: str) -> None:
     done = run(verb, "--keys")
     assert done.returncode == 0, done.stderr
     assert ("context_px" if verb == "shard" else "optim.lr") in done.stdout
+    # What may be given, and the default as it is typed.
+    known = "[auto]  auto | cucim | openslide:" if verb == "shard" else "[auto]  auto | dali | torch:"
+    assert known in done.stdout
+    assert "[null]" in done.stdout
+    assert "[true]" in done.stdout
 
 
 # --- mistakes of usage
@@ -277,10 +282,11 @@ def test_broken_slides_are_quarantined_while_the_others_are_done(run: Run, slide
     assert json.loads(again.stdout)["digest"] == answer["digest"]
     plain = _shard(run, "slides", "out")
     assert plain.returncode == 3
-    assert "2 slides and 0 patches were quarantined" in plain.stdout
+    assert "2 slides and 0 patches are quarantined" in plain.stdout
     dry = _shard(run, "slides", "other", "--dry-run")
     assert dry.returncode == 3
     assert "would make" in dry.stdout
+    assert "would be quarantined:" in dry.stdout
 
 
 def test_hostile_files_are_quarantined_with_a_reason_each(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.hashing import U64, absorb, mix64, seed_state
+from engine.data.hashing import absorb, seed_state
+from sharding.hashing import U64Array, mix64
 
 ORDER_VERSION = "feistel-1"
 """Names the algorithm below. It is stored in checkpoints: the same version always means the same order."""
@@ -24,7 +25,7 @@ _ROUNDS = 8  # four leave small permutations visibly uneven
 _MAX_ROWS = 1 << 62  # keeps both radices below 2**32, which _below relies on
 
 
-def _below(hashes: U64, bound: int) -> U64:
+def _below(hashes: U64Array, bound: int) -> U64Array:
     """Map hashes to [0, bound) by multiply and shift; bound < 2**32, and the bias, bound / 2**32, cannot be seen."""
     return ((hashes >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)
 
@@ -56,13 +57,13 @@ class SampleStream:
         per_place = keys if first_epoch == last_epoch else keys[:, epochs - first_epoch]
         return self._permute(places, per_place).astype(np.int64)
 
-    def _round_keys(self, first_epoch: int, last_epoch: int) -> U64:
+    def _round_keys(self, first_epoch: int, last_epoch: int) -> U64Array:
         """Return one key per round and epoch, uint64[_ROUNDS, epochs]."""
         epochs = np.arange(first_epoch, last_epoch + 1, dtype=np.uint64)
         state = absorb(seed_state(self.seed, _DOMAIN), epochs)
         return absorb(state[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
 
-    def _permute(self, places: U64, keys: U64) -> U64:
+    def _permute(self, places: U64Array, keys: U64Array) -> U64Array:
         """Permute places (uint64[n], each < num_rows) under keys (uint64[_ROUNDS, n or 1])."""
         permuted = self._feistel(places, keys)
         outside = np.flatnonzero(permuted >= self.num_rows)
@@ -74,7 +75,7 @@ class SampleStream:
             outside = outside[permuted[outside] >= self.num_rows]
         return permuted
 
-    def _feistel(self, values: U64, keys: U64) -> U64:
+    def _feistel(self, values: U64Array, keys: U64Array) -> U64Array:
         """Apply the network to values (uint64[n], each < a * b) under keys (uint64[_ROUNDS, n or 1])."""
         radix_left = math.isqrt(self.num_rows - 1) + 1  # rounded up: at 1, three rows would only ever rotate
         radix_right = -(-self.num_rows // radix_left)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sharding.hashing import splitmix64
+
 Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
 
@@ -36,18 +38,10 @@ def uniform(key: int, *parts: int) -> float:
     return (seed_key(key, *parts) >> 11) / (1 << 53)
 
 
-def mix(words: Words) -> Words:
-    """Hash every element of a uint64 array (splitmix64's finaliser); any shape."""
-    words = words + np.uint64(_GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(_MUL1)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(_MUL2)
-    return words ^ (words >> np.uint64(31))
-
-
 def hash_grid(key: int, ix: NDArray[np.int64], iy: NDArray[np.int64]) -> Words:
     """Hash every point of an integer grid: (len(iy), len(ix)) uint64 from two int64 axes."""
-    hx = mix(ix.astype(np.uint64) * np.uint64(_STEP_X) + np.uint64(key))
-    return mix(hx[None, :] ^ (iy.astype(np.uint64) * np.uint64(_STEP_Y))[:, None])
+    hx = splitmix64(ix.astype(np.uint64) * np.uint64(_STEP_X) + np.uint64(key))
+    return splitmix64(hx[None, :] ^ (iy.astype(np.uint64) * np.uint64(_STEP_Y))[:, None])
 
 
 def _fade(t: Floats) -> Floats:

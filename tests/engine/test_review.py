@@ -163,3 +163,39 @@ def test_the_files_of_a_dicom_slide_are_one_slide(tmp_path: Path, make_recipe: C
     assert "another file of the DICOM slide b" in reasons["a"]
     assert "no reader opens it" in reasons["b"]
     assert "no reader opens it" in reasons["c"]
+
+
+def test_a_run_that_compares_no_md5_says_so(
+    slides: Path, tmp_path: Path, make_recipe: Callable[..., ShardRecipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = min(slides.glob("*.svs"))
+    recipe = make_recipe(first, tmp_path / "out")
+    digest = shard.run(recipe, local=True)["digest"]
+    (tmp_path / "md5").write_text(f"{'0' * 32}  {first.name}\n")
+    later = recipe.model_copy(update={"md5_manifest": tmp_path / "md5"})
+    capsys.readouterr()
+    assert shard.run(later, local=True)["digest"] == digest
+    assert "no MD5 was compared" in capsys.readouterr().err
+    shard.dry_run(later.model_copy(update={"out": tmp_path / "other"}))
+    assert "compares no MD5" in capsys.readouterr().err
+
+
+def test_spacings_that_differ_by_a_hair_are_told_as_one() -> None:
+    spacing = [{"slide_id": str(i), "mpp": 0.25 + i / 1000, "source": "aperio"} for i in range(-3, 4)]
+    spacing += [{"slide_id": "x", "mpp": None, "source": "unknown"}]
+    result = {
+        "dry_run": True,
+        "dataset": "out",
+        "slides": {"done": 8, "quarantined": 0},
+        "patches": {"copy": 1, "decode": 0, "quarantined": 0},
+        "shards": 1,
+        "bytes": 2_170_000,
+        "seconds": 7300.0,
+        "spacing": spacing,
+        "failures": [],
+    }
+    assert shard.describe(result).splitlines() == [
+        "would make out: 1 patch of 8 slides in about 1 shard, about 2.17 MB, about 2.03 h",
+        "  routes: copy 1, decode 0",
+        "  spacing of level 0: 0.25 um/px (aperio): 7 slides, unknown: 1 slide",
+    ]
