@@ -39,6 +39,7 @@ from sharding.work import WORK, WorkFolder
 from sharding.writer import ShardRecord
 
 _FINGERPRINT_THREADS = 8
+_STALE_S = 3600.0  # a plan is written in much less
 _UNREADABLE = "unreadable: "  # in the place of a fingerprint
 
 
@@ -67,6 +68,8 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     if recipe.md5_manifest is not None:
         say("note: no MD5 was compared now; slides are checked by md5_manifest when a dataset is made.")
     _note_changed_columns(out, slides)
+    if recipe.md5_manifest is not None:
+        say("note: the slides of a finished dataset are not compared with the MD5 manifest again.")
     return _summary(out, meta, _failures(out), time.monotonic() - started)
 
 
@@ -276,6 +279,7 @@ def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tupl
     plans = None if recipe.plans is None else recipe.plans.expanduser().resolve()
     if plans is not None:
         plans.mkdir(parents=True, exist_ok=True)
+        sweep_temporary(plans, older_than_s=_STALE_S)  # other runs may write there
     jobs, twins = [], []
     seen: dict[str, str] = {}
     listed = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,16 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
-def sweep_temporary(folder: Path) -> int:
-    """Remove what interrupted writers left in `folder` (not below it). The caller holds the folder's lock."""
+def sweep_temporary(folder: Path, *, older_than_s: float = 0.0) -> int:
+    """Remove what interrupted writers left in `folder` (not below it).
+
+    The caller holds the folder's lock, or leaves alone what another may be writing: files not `older_than_s`.
+    """
     removed = 0
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
-        removed += 1
+        with contextlib.suppress(FileNotFoundError):
+            if older_than_s and time.time() - path.stat().st_mtime < older_than_s:
+                continue
+            path.unlink()
+            removed += 1
     return removed

@@ -53,6 +53,27 @@ def test_a_finished_dataset_is_found_finished_and_nothing_is_written(
     assert "nothing was written" in capsys.readouterr().err
 
 
+def test_a_manifest_that_comes_after_the_dataset_is_said_to_check_nothing(
+    sharded: Made, slides: Path, tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "md5"
+    manifest.write_text(f"{'0' * 32}  synth-0000.svs\n")
+    shard.run(make_recipe(slides, sharded[0], md5_manifest=manifest), local=True)
+    assert "not compared with the MD5 manifest" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_in_a_folder_of_plans_goes_in_time(
+    slides: Path, tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    for name, age_s in ((".tmp-old.npz.7", 7200), (".tmp-new.npz.8", 10)):
+        (plans / name).write_bytes(b"x")
+        os.utime(plans / name, (time.time() - age_s, time.time() - age_s))
+    shard.dry_run(make_recipe(slides, tmp_path / "out", plans=plans))
+    assert [path.name for path in plans.glob(".tmp-*")] == [".tmp-new.npz.8"]
+
+
 def test_another_recipe_into_a_finished_dataset_is_refused_and_says_what_differs(
     sharded: Made,
     slides: Path,

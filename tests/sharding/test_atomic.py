@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,11 @@ def test_sweeping_takes_temporary_files_of_this_folder_alone(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(b"x")
     assert sweep_temporary(tmp_path) == 2
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".tmp-c", "keep.tar"]
+
+
+def test_sweeping_a_folder_that_others_write_to_takes_old_files_alone(tmp_path: Path) -> None:
+    for name, age_s in ((".tmp-old", 7200), (".tmp-new", 10), ("old", 7200)):
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
+    assert sweep_temporary(tmp_path, older_than_s=3600) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-new", "old"]
