@@ -78,13 +78,13 @@ def _ray(setting: Setting, routes: str) -> dict[str, Any]:
 
 
 def _ratio(setting: Setting, rates: dict[str, Callable[[], float]]) -> dict[str, Any]:
-    """The first rate over the second."""
+    """The first rate over the second; the unit says which."""
     found: dict[str, list[float]] = {name: [] for name in rates}
     for order in turns(list(rates), min(setting.rounds, _PARALLEL_ROUNDS)):
         for name in order:
             found[name].append(rates[name]())
     ratios = [one / other for one, other in zip(*found.values(), strict=True)]
-    return alone(ratios, "ratio") | {"rates": {name: median(values) for name, values in found.items()}}
+    return alone(ratios, "/".join(rates)) | {"rates": {name: median(values) for name, values in found.items()}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from engine.config import UsageError
+from engine.figures import as_count
 from engine.runtime import usable_cores
 
 if TYPE_CHECKING:
@@ -221,7 +222,9 @@ def describe_history(result: dict[str, Any]) -> str:
             values = "  ".join("-" if value is None else f"{value:.4g}" for value in case["values"][-_SHOWN_RUNS:])
             change = "" if case["change"] is None else f"{case['change']:+.1%}"
             table.add_row(case["name"], case["against"], values, change)
-        tables.append(f"{machine['slug']}: {len(runs)} runs, the newest of {runs[-1]['date']}\n{_text(table)}")
+        tables.append(
+            f"{machine['slug']}: {as_count(len(runs), 'run')}, the newest of {runs[-1]['date']}\n{_text(table)}"
+        )
     return "\n".join(tables).rstrip("\n")
 
 

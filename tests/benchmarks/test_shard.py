@@ -53,7 +53,7 @@ def test_planning_is_given_in_milliseconds_a_slide(setting: Setting) -> None:
 def test_a_parallel_case_is_one_rate_over_the_other(name: str, setting: Setting) -> None:
     result = shard.CASES[name](setting)
     first, second = result["rates"].values()
-    assert result["unit"] == "ratio"
+    assert result["unit"] == ("workers_2/workers_1" if name == "workers_2" else "ray/local")
     assert result["value"] == pytest.approx(first / second)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -37,6 +38,28 @@ def test_webdataset_reads_every_sample(sharded: Made) -> None:
     assert not any("." in sample["__key__"] for sample in samples)
     assert [len(sample["jpg"]) for sample in samples] == index["length"].to_list()
     assert {tuple(simplejpeg.decode_jpeg(sample["jpg"], strict=True).shape) for sample in samples} == {(256, 256, 3)}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_the_readmes_list_and_examples_work(slides: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^    (path,slide_id,.*|.*,train|.*,test)$", text, re.MULTILINE)
+    names = {"a/one.svs": slides / "synth-0000.svs", "b/two.svs": slides / "synth-0001.svs"}
+    table = "\n".join(listed)
+    for name, path in names.items():
+        assert name in table
+        table = table.replace(name, str(path))
+    (tmp_path / "list.csv").write_text(table.replace("0.2527", "0.5"))
+    shard.run(make_recipe(tmp_path / "list.csv", tmp_path / "set"), local=True)
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(first.replace("/data/set", str(tmp_path / "set")), found)
+    index = pl.read_parquet(tmp_path / "set" / "index.parquet")
+    assert found["key"] == index["key"][-1]
+    assert found["image"].shape == (256, 256, 3)
+    assert set(found["sharp"]["split"]) == {"train", "test"}
+    exec(second.replace("/data/set", str(tmp_path / "set")).replace("64", "8"), found)
+    assert found["batch"].images[0].shape == (8, 3, 224, 224)
 
 
 def test_tar_and_index_agree_and_hold_no_owner_or_time(sharded: Made) -> None:
