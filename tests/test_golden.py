@@ -1,6 +1,6 @@
 """What earlier versions wrote stays readable, and orders that checkpoints rely on stay as they are.
 
-`golden/dataset-v1` was written by `engine shard` at format version 1 and is never written again. A change that breaks
+`golden/dataset-vN` was written by `engine shard` at format version N and is never written again. A change that breaks
 one of these tests is a new version of the format or of the order, not a new expectation.
 """
 
@@ -19,35 +19,59 @@ from engine.data.order import ORDER_VERSION, SampleStream
 from sharding.index import open_dataset
 from sharding.verify import verify_dataset
 
-DATASET = Path(__file__).parent / "golden" / "dataset-v1"
+GOLDEN = Path(__file__).parent / "golden"
+# Format version -> patches, and their side in pixels.
+VERSIONS = {1: (16, 128), 2: (11, 256)}
 
 
-def test_a_version_1_dataset_is_readable_and_whole() -> None:
-    dataset = open_dataset(DATASET)
-    assert dataset.meta["format_version"] == 1
-    assert (dataset.num_rows, len(dataset.shard_names)) == (16, 2)
-    assert verify_dataset(DATASET) == {"ok": True, "samples": 16, "bad": []}
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
-def test_its_rows_are_found_where_format_md_says() -> None:
-    rows = np.fromfile(DATASET / "rows.bin", [("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
-    index = pq.read_table(DATASET / "index.parquet").to_pylist()
-    names = open_dataset(DATASET).shard_names
+@pytest.fixture
+def dataset(version: int) -> Path:
+    return GOLDEN / f"dataset-v{version}"
+
+
+def test_a_dataset_of_every_version_is_readable_and_whole(version: int, dataset: Path) -> None:
+    opened = open_dataset(dataset)
+    patches, _ = VERSIONS[version]
+    assert opened.meta["format_version"] == version
+    assert (opened.num_rows, len(opened.shard_names)) == (patches, 2)
+    assert verify_dataset(dataset) == {"ok": True, "samples": patches, "bad": []}
+
+
+def test_version_2_has_both_routes_regions_and_flags() -> None:
+    table = pq.read_table(GOLDEN / "dataset-v2" / "index.parquet")
+    assert set(table["route"].to_pylist()) == {"copy", "decode"}
+    assert set(table["flags"].to_pylist()) == {0, 2, 8, 10}
+    regions = table["region"].to_pylist()
+    assert sorted(regions.count(region) for region in set(regions)) == [1, 2, 4, 4]
+
+
+def test_its_rows_are_found_where_format_md_says(version: int, dataset: Path) -> None:
+    side = VERSIONS[version][1]
+    rows = np.fromfile(dataset / "rows.bin", [("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+    index = pq.read_table(dataset / "index.parquet").to_pylist()
+    names = open_dataset(dataset).shard_names
     for row, line in zip(rows, index, strict=True):
         assert names[row["shard"]] == line["shard"]
         assert (row["offset"], row["length"], row["crc32"]) == (line["offset"], line["length"], line["crc32"])
-        with open(DATASET / "shards" / f"{line['shard']}.tar", "rb") as tar:
+        with open(dataset / "shards" / f"{line['shard']}.tar", "rb") as tar:
             tar.seek(int(row["offset"]))
-            assert simplejpeg.decode_jpeg(tar.read(int(row["length"]))).shape == (128, 128, 3)
+            assert simplejpeg.decode_jpeg(tar.read(int(row["length"]))).shape == (side, side, 3)
         assert line["key"] == f"{line['sample_id']:016x}"
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_every_backend_loads_it(backend: str) -> None:
+def test_every_backend_loads_it(backend: str, dataset: Path) -> None:
     view = CropView(96, output="uint8")
-    with open_loader(DATASET, batch_size_per_rank=16, views=[view], backend=backend) as loader:  # type: ignore[arg-type]
+    with open_loader(
+        dataset, batch_size_per_rank=open_dataset(dataset).num_rows, views=[view], backend=backend
+    ) as loader:  # type: ignore[arg-type]
         batch = next(loader)
-    ids = pq.read_table(DATASET / "index.parquet").column("sample_id").to_numpy()
+    ids = pq.read_table(dataset / "index.parquet").column("sample_id").to_numpy()
     assert sorted(batch.sample_ids) == sorted(ids)
 
 
