@@ -42,6 +42,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Say in an OSError which file it is about: one of reading does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON with sorted keys, atomically."""
     with atomic_path(path) as temporary:

@@ -208,7 +208,10 @@ class SourceFiles:
             if numbers[i] != current:
                 current = numbers[i]
                 file = self._file(current)
-            data = pread(file.descriptor, lengths[i], offsets[i])
+            try:
+                data = pread(file.descriptor, lengths[i], offsets[i])
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, file.source.path) from None
             rest: bytes | memoryview = data
             if heads[i] != RAW:
                 head, start = file.heads[heads[i]]

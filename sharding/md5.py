@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 
+from sharding.atomic import naming
+
 
 def md5_of(path: str) -> str:
     """MD5 of a file's content, 32 lower-case hexadecimal digits, read in pieces. Raises OSError."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

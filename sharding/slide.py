@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sharding.atomic import naming
 from sharding.jpeg import NotCopyableError, TileHeader
 from sharding.tiff_tiles import TiffTiles, TileCopy, TileDefectError
 
@@ -114,7 +115,7 @@ def fingerprint(path: Path) -> str:
     """`size-hash` of a slide file: its length and a hash of its first and last MiB. No time, no name, no path."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         digest.update(file.read(_FINGERPRINT_BYTES))
         if size > _FINGERPRINT_BYTES:
             file.seek(max(_FINGERPRINT_BYTES, size - _FINGERPRINT_BYTES))

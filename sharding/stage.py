@@ -374,8 +374,8 @@ class _Stager:
             return np.arange(len(rows))
         tile = rows["row"].astype(np.int64) * raw.columns + rows["col"]
         known = tile < min(len(raw.offsets), len(raw.lengths))
-        at = np.where(known, tile, 0)
-        offset, length = raw.offsets[at], raw.lengths[at]
+        offset, length = np.zeros((2, len(rows)), np.uint64)
+        offset[known], length[known] = raw.offsets[tile[known]], raw.lengths[tile[known]]
         absent = known & (offset == 0) & (length == 0)
         size = np.uint64(self.identity[0])
         rows["offset"], rows["length"] = offset, length

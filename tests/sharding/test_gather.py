@@ -239,6 +239,20 @@ def test_a_tile_that_lies_outside_of_the_file_is_rejected_unchecked(
     assert "TIFF tile (0, 0) of level 0 reaches beyond the end of the file" in record.reason
 
 
+@pytest.mark.parametrize("check_tiles", [True, False])
+def test_a_slide_without_a_tile_table_is_all_damaged(
+    check_tiles: bool, own: Path, make_job: MakeJob, run_slide: Any, tmp_path: Path
+) -> None:
+    with tifffile.TiffFile(own) as tiff:
+        place = tiff.pages[0].tags["TileOffsets"].offset
+    with open(own, "r+b") as file:
+        file.seek(place + 4)
+        file.write(bytes(4))  # the tag's count
+    record = run_slide(make_job(own, tmp_path / "out", **COPIES, check_tiles=check_tiles))
+    assert (record.status, record.patches, record.patches_quarantined) == ("done", 0, record.planned)
+    assert "is missing from the file's tile table (0 entries)" in record.reason
+
+
 def test_damage_of_both_kinds_is_counted_together_and_can_be_too_much(
     slides: Any, make_job: MakeJob, run_slide: Any, damage_tile: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -287,6 +301,18 @@ def test_of_large_patches_fewer_are_held_at_a_time(
     assert len(held) > 1
     assert max(held) < 60_000  # a row's length is without its head
     assert shard_files(tmp_path / "whole") == shard_files(tmp_path / "parts")
+
+
+def test_a_disk_that_cannot_be_read_ends_the_run_and_the_slide_is_named(
+    own: Path, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    jobs = staged(make_job(own, tmp_path, **COPIES))
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(OSError, match=r"Input/output error: .*own\.svs"):
+        gather_shard(jobs[0])
 
 
 def test_a_slide_that_was_replaced_under_way_ends_the_run(

@@ -26,3 +26,8 @@ def test_a_known_digest(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         md5_of(str(tmp_path / "nowhere"))
+
+
+def test_an_error_of_reading_names_the_file() -> None:
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        md5_of("/proc/self/mem")

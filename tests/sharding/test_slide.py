@@ -370,6 +370,11 @@ def test_a_reader_that_was_named_never_falls_back(tmp_path: Path) -> None:
         open_slide(path, "auto")
 
 
+def test_an_error_of_reading_a_fingerprint_names_the_file() -> None:
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        fingerprint(Path("/proc/self/mem"))
+
+
 def test_the_fingerprint_knows_length_head_and_tail_and_nothing_else(tmp_path: Path) -> None:
     mib = 1 << 20
     data = bytearray(np.random.default_rng(0).bytes(3 * mib))
