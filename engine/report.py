@@ -26,10 +26,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from engine.figures import Histogram, as_duration, as_number, as_share, as_size, binned, histogram
+from engine.figures import Histogram, as_count, as_duration, as_number, as_share, as_size, binned, histogram
 from sharding.atomic import atomic_path
 from sharding.dataset import RESERVED_COLUMNS
-from sharding.index import FLAG_OUTSIDE, DatasetDamagedError, read_meta
+from sharding.index import (
+    FLAG_BLURRED,
+    FLAG_OUTSIDE,
+    FLAG_PARTIAL_REGION,
+    FLAG_WHITE,
+    DatasetDamagedError,
+    read_meta,
+)
 from sharding.qc import qc_name
 
 _MAX_LISTED = 5000
@@ -38,7 +45,12 @@ _MAX_PICTURES_BYTES = 6_000_000  # pictures that are larger together are reduced
 _REDUCED_PX = 288
 _REDUCED_QUALITY = 45
 _BATCH_ROWS = 1 << 18
-_FLAG_NAMES = {FLAG_OUTSIDE: "reaches beyond the slide", 2: "white", 4: "blurred"}
+_FLAG_NAMES = {
+    FLAG_OUTSIDE: "reaches beyond the slide",
+    FLAG_WHITE: "white",
+    FLAG_BLURRED: "blurred",
+    FLAG_PARTIAL_REGION: "in a partial region",
+}
 _FRACTION_EDGES = np.linspace(0.0, 1.0, 21)
 
 IntArray = npt.NDArray[np.int64]
@@ -154,7 +166,8 @@ def run(dataset: Path, out: Path | None = None) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """The result for a person."""
-    return f"{result['report']}: {result['slides']} slides, {result['bytes'] / 1e6:.1f} MB; open it in any browser"
+    size = as_size(result["bytes"])
+    return f"{result['report']}: {as_count(result['slides'], 'slide')}, {size}; open it in any browser"
 
 
 # --- what is read

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.console import progress
+from engine.figures import as_count
 from sharding.index import DatasetDamagedError, read_meta
 from sharding.verify import verify_dataset
 
@@ -26,7 +27,7 @@ def describe(result: dict[str, Any], dataset: Path) -> str:
     """The result for a person."""
     if result["ok"]:
         return f"{dataset}: all {result['samples']} samples are as they were written."
-    lines = [f"{dataset}: {len(result['bad'])} defects in {result['samples']} samples:"]
+    lines = [f"{dataset}: {as_count(len(result['bad']), 'defect')} in {as_count(result['samples'], 'sample')}:"]
     for bad in result["bad"][:_SHOWN]:
         where = " ".join(filter(None, (bad["shard"], bad["key"]))) or "dataset"
         lines.append(f"  {where}: {bad['reason']}")

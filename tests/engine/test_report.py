@@ -196,7 +196,11 @@ def test_a_slide_without_tissue_is_named_as_a_failure(dataset: Path, tmp_path: P
 def test_routes_and_flags_are_counted_from_the_index(dataset: Path, tmp_path: Path) -> None:
     rows = pq.read_metadata(dataset / "index.parquet").num_rows
     route = ["splice" if i % 4 == 0 else "copy" for i in range(rows)]
-    _rewrite(dataset / "index.parquet", route=route, flags=[1 + 4 * (i < 2) + 64 * (i < 3) for i in range(rows)])
+    _rewrite(
+        dataset / "index.parquet",
+        route=route,
+        flags=[1 + 4 * (i < 2) + 8 * (i < 4) + 64 * (i < 3) for i in range(rows)],
+    )
     report.run(dataset, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert f"Route copy {route.count('copy')} " in page.text
@@ -204,6 +208,7 @@ def test_routes_and_flags_are_counted_from_the_index(dataset: Path, tmp_path: Pa
     assert sum(int(row["splice"]) for row in page.slides) == route.count("splice")
     assert ["reaches beyond the slide", str(rows), "100 %"] in page.rows
     assert ["blurred", "2", f"{200 / rows:.3g} %"] in page.rows
+    assert ["in a partial region", "4", f"{400 / rows:.3g} %"] in page.rows
     assert ["bit 6", "3", f"{300 / rows:.3g} %"] in page.rows
 
 
