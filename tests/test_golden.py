@@ -66,10 +66,8 @@ def test_its_rows_are_found_where_format_md_says(version: int, dataset: Path) ->
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_every_backend_loads_it(backend: str, dataset: Path) -> None:
-    view = CropView(96, output="uint8")
-    with open_loader(
-        dataset, batch_size_per_rank=open_dataset(dataset).num_rows, views=[view], backend=backend
-    ) as loader:  # type: ignore[arg-type]
+    view, rows = CropView(96, output="uint8"), open_dataset(dataset).num_rows
+    with open_loader(dataset, batch_size_per_rank=rows, views=[view], backend=backend) as loader:  # type: ignore[arg-type]
         batch = next(loader)
     ids = pq.read_table(dataset / "index.parquet").column("sample_id").to_numpy()
     assert sorted(batch.sample_ids) == sorted(ids)
