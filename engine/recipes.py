@@ -74,7 +74,7 @@ class ShardRecipe(_Recipe):
         "none", description="columns patient_id, sample_type and label from the names of slides"
     )
     md5_manifest: Place | None = Field(None, description="GDC manifest or md5sum output to check slides by")
-    plans: Place | None = Field(None, description="folder that keeps plans for later runs")
+    plans: Place | None = Field(None, description="folder that keeps plans for later runs; a dry run fills it too")
     workers: int | Literal["auto"] = Field("auto", description="processes; auto is one per CPU core")
 
     @model_validator(mode="after")
