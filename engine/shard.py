@@ -65,11 +65,9 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     meta = _finished(out, recipe, slides)
     _clean_up(out)
     say(f"{out} is finished already; nothing was written.")
-    if recipe.md5_manifest is not None:
-        say("note: no MD5 was compared now; slides are checked by md5_manifest when a dataset is made.")
     _note_changed_columns(out, slides)
     if recipe.md5_manifest is not None:
-        say("note: the slides of a finished dataset are not compared with the MD5 manifest again.")
+        say("note: no MD5 was compared now; slides are checked by md5_manifest when a dataset is made.")
     return _summary(out, meta, _failures(out), time.monotonic() - started)
 
 
