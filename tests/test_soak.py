@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from engine import synth
 
 ENGINE = str(Path(sys.executable).parent / "engine")
 KILLS = 200
+BACKENDS: tuple[list[str], ...] = ([], ["--local"])
 SETTINGS = {"context_px": 256, "patches_per_shard": 32, "group_slides": 3}
 
 
@@ -37,40 +40,50 @@ def test_shard_killed_at_random_moments_ends_with_the_same_dataset(tmp_path: Pat
         path.rename(path.with_stem(f"other-{path.stem}"))
     settings = [f"slides={slides}", *(f"{key}={value}" for key, value in SETTINGS.items())]
     begin = [ENGINE, "shard", "shard/tiny", *settings, "--json"]
-    undisturbed = json.loads(_finish([*begin, "--local", f"out={tmp_path / 'undisturbed'}"]))
+    duration_s = {}
+    for backend in BACKENDS:
+        started = time.monotonic()
+        undisturbed = json.loads(_finish([*begin, *backend, f"out={tmp_path / f'undisturbed{len(backend)}'}"]))
+        duration_s[len(backend)] = time.monotonic() - started
     patches = undisturbed["patches"]
     assert patches["copy"] > 50
     assert patches["decode"] > 50
     moments = random.Random(0)
-    told: dict[str, int] = {}
-    for number in range(KILLS):
-        backend, victim = number % 2 * ["--local"], ("driver", "worker")[number // 2 % 2]
+    told = {"driver": 0, "worker": 0, "nobody, it was through": 0}
+    for number in itertools.count():
+        backend, victim = BACKENDS[number % 2], ("driver", "worker")[number // 2 % 2]
+        if told["driver"] + told["worker"] == KILLS:
+            break
+        assert number < 2 * KILLS, told
         out = tmp_path / "out"
         command = [*begin, *backend, f"out={out}"]
-        kind = _disturb(command, victim, moments.uniform(0.5, 7.0), moments, tmp_path / "errors.txt")
-        told[kind] = told.get(kind, 0) + 1
-        assert json.loads(_finish(command))["digest"] == undisturbed["digest"], (number, kind)
-        _is_the_same(out, tmp_path / "undisturbed")
-        subprocess.run(["rm", "-rf", str(out)], check=True)
-    print(f"{KILLS} disturbed runs: {told}")
+        killed = _disturb(command, victim, moments.random() * duration_s[len(backend)], tmp_path / "errors.txt")
+        told[killed] += 1
+        assert json.loads(_finish(command))["digest"] == undisturbed["digest"], (number, killed)
+        _is_the_same(out, tmp_path / "undisturbed0")
+        shutil.rmtree(out)
+    print(f"killed, then finished: {told}")
 
 
-def _disturb(command: list[str], victim: str, after_s: float, moments: random.Random, errors: Path) -> str:
-    """Start a run and kill a process of it; returns what was killed. The run has ended when this returns."""
-    said = errors.open("wb")
-    process = subprocess.Popen(command, stdout=said, stderr=said)
-    said.close()
+def _disturb(command: list[str], victim: str, after_s: float, errors: Path) -> str:
+    """Start a run and kill a process of it, `after_s` after its start; a worker not before there is one.
+
+    Returns who was killed. The run has ended then.
+    """
+    with errors.open("wb") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
     time.sleep(after_s)
-    workers = list(_workers(process.pid))
-    if process.poll() is not None:
-        return "nothing, it was through"
-    if victim == "worker" and workers:
-        os.kill(moments.choice(workers), signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, errors.read_text()[-4000:]
-        return "a worker"
-    process.kill()
-    process.wait()
-    return "the driver"
+    while process.poll() is None:
+        if victim == "driver":
+            process.kill()
+            process.wait()
+            return victim
+        for worker in _workers(process.pid):
+            os.kill(worker, signal.SIGKILL)
+            assert process.wait(timeout=300) == 0, errors.read_text()[-4000:]
+            return victim
+        time.sleep(0.01)
+    return "nobody, it was through"
 
 
 def _workers(driver: int) -> Iterator[int]:
