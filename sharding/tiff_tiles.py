@@ -6,6 +6,7 @@ each tile is decoded strictly here (tile_codecs.py), which is check and pixels i
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ from sharding.tile_codecs import (
     decode_lzw,
     jpeg2000_components,
 )
+
+# It warns about damaged files on stderr, paths included; what is wrong with a slide is told by its reason.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 Pixels = npt.NDArray[np.uint8]
 Codec = Literal["libjpeg", "openjpeg", "lzw", "deflate"]
