@@ -180,6 +180,8 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Otherwise Ray hides the GPUs from tasks that ask for none, and warns that a later version will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Otherwise Ray starts workers in advance and `init` waits for them: for ever, where one is killed meanwhile.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

@@ -268,3 +268,36 @@ def test_without_an_address_a_cluster_is_started_here_whatever_the_environment_n
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "['b']"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_is_killed_as_soon_as_it_is_there_does_not_hold_up_the_run(
+    slides: Path, tmp_path: Path, command: Any
+) -> None:
+    """Ray waits for ever, inside `init`, for a worker that it started in advance and that died before it reported."""
+    process = command.start(
+        "shard", "shard/tiny", f"slides={slides}", f"out={tmp_path / 'out'}", "workers=2", errors=tmp_path / "errors"
+    )
+    worker = None
+    while worker is None and process.poll() is None:
+        worker = next((child for child in _descendants(process.pid) if _title(child) == b"ray::IDLE"), None)
+    assert worker is not None, (tmp_path / "errors").read_text()
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, (tmp_path / "errors").read_text()
+
+
+def _title(process: int) -> bytes:
+    try:
+        return (Path("/proc") / str(process) / "cmdline").read_bytes().rstrip(b"\0")
+    except OSError:
+        return b""
+
+
+def _descendants(process: int) -> list[int]:
+    try:
+        children = (Path("/proc") / str(process) / "task" / str(process) / "children").read_text().split()
+    except OSError:
+        return []
+    found = [int(child) for child in children]
+    return found + [below for child in found for below in _descendants(child)]
