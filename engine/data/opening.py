@@ -16,11 +16,11 @@ from engine.data.loader import PatchLoader, checked_seen
 from engine.data.locality import Blocks, BlockStream
 from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions, substitute_position
 from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
-from engine.data.selection import Selection, identity, select
+from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.views import CropView
 from engine.data.weighted import Balance, WeightedStream, class_shares
 from engine.runtime import usable_cores
-from sharding.index import Dataset, open_dataset
+from sharding.index import Dataset
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def open_loader(
     this process may use, at most 16. Raises ValueError for what cannot work (a crop larger than the patches, a rank
     that does not exist) and ImportError for a named backend that is missing, both before any thread starts.
     """
-    datasets = _open_all(dataset)
+    datasets = open_datasets([dataset] if isinstance(dataset, Dataset | Path | str) else dataset)
     checked_seen(seen)
     rank_positions(0, batch_size_per_rank, rank, world_size)
     if not views:
@@ -172,22 +172,6 @@ def open_loader(
         rank=rank,
         world_size=world_size,
     )
-
-
-def _open_all(dataset: Dataset | Path | str | Sequence[Dataset | Path | str]) -> list[Dataset]:
-    given = [dataset] if isinstance(dataset, Dataset | Path | str) else list(dataset)
-    datasets = [each if isinstance(each, Dataset) else open_dataset(each) for each in given]
-    if not datasets:
-        raise ValueError("dataset is an empty list: a loader needs at least one dataset")
-    by_digest: dict[str, Dataset] = {}
-    for each in datasets:
-        if each.num_rows == 0:
-            raise ValueError(f"{each.path} holds no samples")
-        digest = str(each.meta["digest"])
-        if digest in by_digest:
-            raise ValueError(f"{by_digest[digest].path} and {each.path} hold the same samples: give each dataset once")
-        by_digest[digest] = each
-    return datasets
 
 
 def _make_stream(

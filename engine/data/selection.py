@@ -6,15 +6,16 @@ Rows are numbered through: dataset 0 first, then dataset 1, each in the order of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.config import nearest
-from sharding.index import Dataset, DatasetDamagedError
+from sharding.index import Dataset, DatasetDamagedError, open_dataset
 
 if TYPE_CHECKING:
     import polars as pl
@@ -33,6 +34,22 @@ class Selection:
     rows: npt.NDArray[np.signedinteger] | None = None
     classes: npt.NDArray[np.uint32] | None = None
     labels: tuple[str, ...] = ()
+
+
+def open_datasets(given: Iterable[Dataset | Path | str]) -> list[Dataset]:
+    """Open datasets that are loaded as one. Raises ValueError where one is empty or given twice, or there is none."""
+    datasets = [each if isinstance(each, Dataset) else open_dataset(each) for each in given]
+    if not datasets:
+        raise ValueError("dataset is an empty list: a loader needs at least one dataset")
+    by_digest: dict[str, Dataset] = {}
+    for each in datasets:
+        if each.num_rows == 0:
+            raise ValueError(f"{each.path} holds no samples")
+        digest = str(each.meta["digest"])
+        if digest in by_digest:
+            raise ValueError(f"{by_digest[digest].path} and {each.path} hold the same samples: give each dataset once")
+        by_digest[digest] = each
+    return datasets
 
 
 def select(datasets: Sequence[Dataset], *, where: str | None = None, by: str | None = None) -> Selection:
@@ -106,6 +123,7 @@ def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFra
         if list(joined.select(condition).collect_schema().dtypes()) != [pl.Boolean]:
             raise ValueError(f"where={where!r} is no condition: it has to be true or false for each row")
         wanted = [pl.col(_ROW)] + ([pl.col(by).cast(pl.String)] if by is not None else [])
+        # A join promises no order.
         return joined.filter(condition).select(wanted).collect(engine="streaming").sort(_ROW)
     except pl.exceptions.PolarsError as error:
         reason = str(error).split("\n", 1)[0]
