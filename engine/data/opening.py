@@ -62,6 +62,7 @@ class StreamLoader(PatchLoader):
         self._stream = cast(SampleStream, stream)  # of which only `seed` and `rows` are used
         self._rows_identity = rows_identity
         self._bad_samples = bad_samples
+        self._planned_replacements: dict[int, Replacement] = {}  # of batches that are prefetched
         self._replacements: dict[int, Replacement] = {}
 
     @property
@@ -77,12 +78,23 @@ class StreamLoader(PatchLoader):
         """Return the next batch. After an error the loader stands where it stood: at the samples delivered."""
         while True:
             try:
-                return super().__next__()
+                batch = super().__next__()
             except BadSampleError as error:
                 if self._bad_samples == "fail":
                     raise
                 # Found by the decoder. The batch is planned anew from `seen`, now without this sample.
                 self._reader.condemn(error)
+                continue
+            for position in [each for each in self._planned_replacements if each < self._seen]:
+                replacement = self._planned_replacements.pop(position)
+                if self._replacements.get(position) != replacement:
+                    self._replacements[position] = replacement
+                    _log.warning("row %d is delivered instead: %s", replacement.substitute, replacement.fault)
+            return batch
+
+    def _restart(self) -> None:
+        super()._restart()
+        self._planned_replacements.clear()
 
     def _planned(
         self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
@@ -99,11 +111,8 @@ class StreamLoader(PatchLoader):
             row = self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)
             (sample,) = self._reader.read(row)
             if sample.fault is None:
-                replacement = Replacement(position, fault.row, int(row[0]), fault.reason)
-                if self._replacements.get(position) != replacement:
-                    self._replacements[position] = replacement
-                    _log.warning("at position %d row %d stands in: %s", position, replacement.substitute, fault)
-                return replacement.substitute, sample
+                self._planned_replacements[position] = Replacement(position, fault.row, int(row[0]), fault)
+                return int(row[0]), sample
         raise RuntimeError(f"{_SUBSTITUTES_TRIED} substitutes of a bad sample are bad as well: {fault}") from fault
 
 

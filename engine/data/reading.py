@@ -13,7 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Replacement:
     position: int
     row: int
     substitute: int
-    reason: str
+    fault: BadSampleError = field(compare=False)
 
 
 class _OpenShard:

@@ -71,7 +71,7 @@ def test_bad_samples_are_replaced_and_reported(
         assert reported(loader) == replaced
         assert {row for _, row, _ in replaced} == bad
         assert len(replaced) == 3 * len(bad)  # each bad row, once in each of three epochs
-        assert all(each.reason for each in loader.replacements)
+        assert all(each.fault.key == dataset.keys[each.row] for each in loader.replacements)
     ids = [f"{each:016x}" for batch in batches for each in batch.sample_ids.tolist()]
     assert ids == [dataset.keys[row] for row in rows]
 
@@ -91,7 +91,7 @@ def test_what_does_not_decode_is_replaced_with_its_own_windows(make_dataset: Any
         assert [int(row) for batch in batches for row in batch.rows] == delivered
         assert reported(loader) == replaced
         assert loader.seen == 24
-        assert "does not decode" in loader.replacements[0].reason
+        assert "does not decode" in loader.replacements[0].fault.reason
     images = np.concatenate([batch.images[0].numpy() for batch in batches])
     windows = crop_windows(VIEW, uniforms(SEED, np.arange(24), 0, CROP_DRAWS), 96, 96)
     for position, _, substitute in replaced:  # the position's window, cut from the substitute
@@ -114,6 +114,9 @@ def test_the_report_follows_delivery_and_resume(make_dataset: Any, backend: Any)
         loader.load_state_dict(state)
         assert [int(row) for _ in range(11) for row in next(loader).rows] == delivered[4:]
         assert reported(loader) == replaced  # counted once
+        loader.load_state_dict(state | {"seen": 480})
+        next(loader)
+        assert [each for each in reported(loader) if each[0] < 480] == replaced  # skipped ones were not delivered
     with open_replacing(dataset, backend, batch_size_per_rank=2, rank=1, world_size=2) as loader:
         loader.load_state_dict(state)
         assert [int(row) for _ in range(3) for row in next(loader).rows] == delivered[6:8] + delivered[
@@ -159,6 +162,6 @@ def test_replacements_are_logged_once(make_dataset: Any, caplog: pytest.LogCaptu
         loader.load_state_dict(loader.state_dict() | {"seen": 0})
         for _ in range(3):
             next(loader)
-        assert loader.replacements[0] == Replacement(position, row, substitute, loader.replacements[0].reason)
-    start = f"at position {position} row {substitute} stands in: bad sample {dataset.keys[row]}"
+        assert loader.replacements[0] == Replacement(position, row, substitute, BadSampleError("", "", ""))
+    start = f"row {substitute} is delivered instead: bad sample {dataset.keys[row]}"
     assert len([record for record in caplog.records if record.getMessage().startswith(start)]) == 1
