@@ -19,7 +19,17 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _as_places(value: Any) -> Any:
+    """`A,B` is two places, unless there is one of that name; a single place stays one."""
+    if isinstance(value, list | tuple):
+        return [_as_text(part) for part in value]
+    if isinstance(value, str) and "," in value and not Path(value).expanduser().exists():
+        return [_as_text(part.strip()) for part in value.split(",")]
+    return _as_text(value)
+
+
 Place = Annotated[Path, BeforeValidator(_as_text), Verbatim()]
+Places = Annotated[Path | tuple[Path, ...], BeforeValidator(_as_places), Verbatim()]
 Text = Annotated[str, BeforeValidator(_as_text), Verbatim()]
 
 
@@ -121,7 +131,13 @@ class OptimRecipe(_Recipe):
 class TrainRecipe(_Recipe):
     """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
 
-    dataset: Place = Field(description="a dataset written by `engine shard`")
+    dataset: Places = Field(description="a dataset written by `engine shard`, or several as A,B")
+    where: Annotated[Text | None, Verbatim()] = Field(
+        None, description="SQL condition on columns of index.parquet and slides.parquet"
+    )
+    balance: Annotated[Text | None, Verbatim()] = Field(
+        None, description="column of either table whose values come equally often"
+    )
     run: Place = Field(description="folder of the run; made where it is missing")
     model: Any = Field(description="name and keys of a config in models.config")
     steps: int = Field(ge=1, description="optimiser steps in all")
@@ -144,6 +160,11 @@ class TrainRecipe(_Recipe):
                 f"batch_size={self.batch_size} with processes={self.processes}: expected a batch that divides evenly"
             )
         return self
+
+    @property
+    def datasets(self) -> tuple[Path, ...]:
+        """`dataset` as a tuple."""
+        return (self.dataset,) if isinstance(self.dataset, Path) else self.dataset
 
 
 def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:

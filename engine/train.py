@@ -10,10 +10,10 @@ import warnings
 from typing import Any
 
 from engine.config import UsageError
+from engine.data.selection import open_datasets, select
 from engine.recipes import TrainRecipe
 from engine.rundir import prepare_run, read_metrics
 from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
-from sharding.index import open_dataset
 from sharding.lock import folder_lock
 
 # Draws of the mask, beside those of the loader's views, which are numbered from 0.
@@ -27,9 +27,10 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
     Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
     """
-    places = {name: getattr(recipe, name).expanduser().resolve() for name in ("dataset", "run")}
+    datasets = tuple(path.expanduser().resolve() for path in recipe.datasets)
+    places = {"dataset": datasets if len(datasets) > 1 else datasets[0], "run": recipe.run.expanduser().resolve()}
     recipe = recipe.model_copy(update=places)
-    _check_dataset(recipe)
+    _check_datasets(recipe)
     given = ranks_from_environment()
     if given is not None:
         return _as_given_rank(recipe, resume=resume, rank=given[0], world_size=given[2])
@@ -45,16 +46,19 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
         return train_rank(recipe) if processes == 1 else _launch(recipe, processes)
 
 
-def _check_dataset(recipe: TrainRecipe) -> None:
-    dataset = open_dataset(recipe.dataset)
-    if dataset.num_rows == 0:
-        raise UsageError(f"dataset={recipe.dataset} holds no patches.")
-    stored_px = int(dataset.meta["recipe"]["context_px"])
-    if recipe.crop_px > stored_px:
-        raise UsageError(
-            f"crop_px={recipe.crop_px} does not fit the dataset's patches of {stored_px} px; "
-            "lower crop_px, or shard with a larger context_px."
-        )
+def _check_datasets(recipe: TrainRecipe) -> None:
+    try:
+        datasets = open_datasets(recipe.datasets)
+        select(datasets, where=recipe.where, by=recipe.balance)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for dataset in datasets:
+        stored_px = int(dataset.meta["recipe"]["context_px"])
+        if recipe.crop_px > stored_px:
+            raise UsageError(
+                f"crop_px={recipe.crop_px} does not fit the dataset's patches of {stored_px} px; "
+                "lower crop_px, or shard with a larger context_px."
+            )
 
 
 def _processes(recipe: TrainRecipe) -> int:
@@ -124,7 +128,7 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
     import torch
 
-    from engine.data import CropView, open_loader
+    from engine.data import Balance, CropView, open_loader
     from engine.runtime import Runtime
     from engine.trainer import process_group, train
     from models import build_model
@@ -141,7 +145,7 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
         if runtime.world_size > 1:
             torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
         loader = open_loader(
-            recipe.dataset,
+            recipe.datasets,
             batch_size_per_rank=recipe.batch_size // runtime.world_size,
             views=[CropView(recipe.crop_px, flips=recipe.flips)],
             backend=recipe.loader,
@@ -149,6 +153,8 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
             rank=runtime.rank,
             world_size=runtime.world_size,
             device=runtime.device,
+            where=recipe.where,
+            balance=Balance(recipe.balance) if recipe.balance else None,
         )
         with loader:
             start, seen = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)

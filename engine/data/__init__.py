@@ -8,21 +8,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.data.batches import PatchBatch as PatchBatch
     from engine.data.loader import PatchLoader as PatchLoader
+    from engine.data.locality import Blocks as Blocks
+    from engine.data.opening import StreamLoader as StreamLoader
     from engine.data.opening import open_loader as open_loader
     from engine.data.order import SampleStream as SampleStream
     from engine.data.reading import BadSampleError as BadSampleError
+    from engine.data.reading import Replacement as Replacement
     from engine.data.views import CropView as CropView
+    from engine.data.weighted import Balance as Balance
 
 _MODULE_OF = {
     "BadSampleError": "reading",
+    "Balance": "weighted",
+    "Blocks": "locality",
     "CropView": "views",
     "PatchBatch": "batches",
     "PatchLoader": "loader",
+    "Replacement": "reading",
     "SampleStream": "order",
+    "StreamLoader": "opening",
     "open_loader": "opening",
 }
 
-__all__ = ["BadSampleError", "CropView", "PatchBatch", "PatchLoader", "SampleStream", "open_loader"]
+__all__ = [
+    "BadSampleError",
+    "Balance",
+    "Blocks",
+    "CropView",
+    "PatchBatch",
+    "PatchLoader",
+    "Replacement",
+    "SampleStream",
+    "StreamLoader",
+    "open_loader",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,29 +1,123 @@
-"""Opening a loader: checks the request before anything starts, and chooses backend and device once."""
+"""Opening a loader: checks the request before anything starts, and chooses order, backend and device once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.data.batches import Decoder
+from engine.data.batches import Decoder, EncodedBatch, PatchBatch
 from engine.data.loader import PatchLoader, checked_seen
-from engine.data.order import SampleStream, rank_positions
-from engine.data.reading import SampleReader
+from engine.data.locality import Blocks, BlockStream
+from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions, substitute_position
+from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
+from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.views import CropView
+from engine.data.weighted import Balance, WeightedStream, class_shares
 from engine.runtime import usable_cores
-from sharding.index import Dataset, open_dataset
+from sharding.index import Dataset
 
 _log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "dali", "torch"]
+BadSamples = Literal["fail", "replace"]
+
+_SUBSTITUTES_TRIED = 8
+
+
+class StreamLoader(PatchLoader):
+    """A PatchLoader in any order over any rows, which can replace bad samples."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        reader: SampleReader,
+        decoder: Decoder,
+        *,
+        stream: Stream,
+        rows_identity: str | dict[str, Any],
+        bad_samples: BadSamples,
+        batch_size_per_rank: int,
+        views: Sequence[CropView],
+        seen: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(
+            datasets[0],
+            reader,
+            decoder,
+            batch_size_per_rank=batch_size_per_rank,
+            views=views,
+            seed=stream.seed,
+            seen=seen,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._stream = cast(SampleStream, stream)  # of which only `seed` and `rows` are used
+        self._rows_identity = rows_identity
+        self._bad_samples = bad_samples
+        self._planned_replacements: dict[int, Replacement] = {}  # of batches that are prefetched
+        self._replacements: dict[int, Replacement] = {}
+
+    @property
+    def replacements(self) -> list[Replacement]:
+        """The bad samples among those delivered by this rank since the loader was opened, in order."""
+        return [self._replacements[position] for position in sorted(self._replacements) if position < self._seen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides which samples come next, as plain numbers, strings, lists and dicts."""
+        return super().state_dict() | {"order": self._stream.order, "dataset": self._rows_identity}
+
+    def __next__(self) -> PatchBatch:
+        """Return the next batch. After an error the loader stands where it stood: at the samples delivered."""
+        while True:
+            try:
+                batch = super().__next__()
+            except BadSampleError as error:
+                if self._bad_samples == "fail":
+                    raise
+                # Found by the decoder. The batch is planned anew from `seen`, now without this sample.
+                self._reader.condemn(error)
+                continue
+            for position in [each for each in self._planned_replacements if each < self._seen]:
+                replacement = self._planned_replacements.pop(position)
+                if self._replacements.get(position) != replacement:
+                    self._replacements[position] = replacement
+                    _log.warning("row %d is delivered instead: %s", replacement.substitute, replacement.fault)
+            return batch
+
+    def _restart(self) -> None:
+        super()._restart()
+        self._planned_replacements.clear()
+
+    def _planned(
+        self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
+    ) -> EncodedBatch:
+        rows, samples = rows.copy(), list(samples)
+        for place, sample in enumerate(samples):
+            if sample.fault is not None:
+                rows[place], samples[place] = self._substitute(int(positions[place]), sample.fault)
+        return super()._planned(positions, rows, samples)
+
+    def _substitute(self, position: int, fault: BadSampleError) -> tuple[int, Sample]:
+        """Return the row and the sample that are delivered at a position whose own sample is bad."""
+        for attempt in range(_SUBSTITUTES_TRIED):
+            row = self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)
+            (sample,) = self._reader.read(row)
+            if sample.fault is None:
+                self._planned_replacements[position] = Replacement(position, fault.row, int(row[0]), fault)
+                return int(row[0]), sample
+        raise RuntimeError(f"{_SUBSTITUTES_TRIED} substitutes of a bad sample are bad as well: {fault}") from fault
 
 
 def open_loader(
-    dataset: Dataset | Path | str,
+    dataset: Dataset | Path | str | Sequence[Dataset | Path | str],
     *,
     batch_size_per_rank: int,
     views: Sequence[CropView],
@@ -34,23 +128,34 @@ def open_loader(
     world_size: int = 1,
     device: str | torch.device = "auto",
     threads: int | None = None,
-) -> PatchLoader:
-    """Open a dataset's endless, shuffled stream of batches, at `seen` samples (of all ranks) after its beginning.
+    where: str | None = None,
+    balance: Balance | None = None,
+    locality: Blocks | None = None,
+    bad_samples: BadSamples = "fail",
+) -> StreamLoader:
+    """Open an endless, shuffled stream of batches, at `seen` samples (of all ranks) after its beginning.
+
+    dataset: one dataset, or several that are loaded as one; rows are then numbered through. where: an SQL condition
+    over the columns of index.parquet and slides.parquet, see `selection.select`. balance: classes by their weights, not
+    each row once per epoch. locality: neighbouring rows near each other. bad_samples: "replace" delivers another row
+    in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError.
 
     backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
     "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
     this process may use, at most 16. Raises ValueError for what cannot work (a crop larger than the patches, a rank
     that does not exist) and ImportError for a named backend that is missing, both before any thread starts.
     """
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+    datasets = open_datasets([dataset] if isinstance(dataset, Dataset | Path | str) else dataset)
     checked_seen(seen)
     rank_positions(0, batch_size_per_rank, rank, world_size)
     if not views:
         raise ValueError("views is empty: a loader delivers at least one view of each sample")
-    if dataset.num_rows == 0:
-        raise ValueError(f"{dataset.path} holds no samples")
-    SampleStream(dataset.num_rows, seed)  # refuses a bad seed
-    reader = SampleReader(dataset)
+    if bad_samples not in ("fail", "replace"):
+        raise ValueError(f"bad_samples is {bad_samples!r}; it has to be 'fail' or 'replace'")
+    selection = select(datasets, where=where, by=balance.by if balance else None)
+    num_rows = sum(each.num_rows for each in datasets) if selection.rows is None else len(selection.rows)
+    stream = _make_stream(num_rows, seed, selection, balance, locality)
+    reader = SampleReader(datasets, keep_faults=bad_samples == "replace")
     for view in views:
         view.check_fits(reader.patch_px, reader.patch_px)
     decoder = _make_decoder(
@@ -61,18 +166,38 @@ def open_loader(
         device=_resolve_device(device),
         reader=reader,
     )
-    _log.info("loading %s with %s on %s", dataset.path, decoder.backend, decoder.device)
-    return PatchLoader(
-        dataset,
+    names = ", ".join(str(each.path) for each in datasets)
+    _log.info("loading %d rows of %s with %s on %s", num_rows, names, decoder.backend, decoder.device)
+    return StreamLoader(
+        datasets,
         reader,
         decoder,
+        stream=stream,
+        rows_identity=identity(datasets, where, selection),
+        bad_samples=bad_samples,
         batch_size_per_rank=batch_size_per_rank,
         views=views,
-        seed=seed,
         seen=seen,
         rank=rank,
         world_size=world_size,
     )
+
+
+def _make_stream(
+    num_rows: int, seed: int, selection: Selection, balance: Balance | None, locality: Blocks | None
+) -> Stream:
+    stream: Stream
+    if balance is not None:
+        if locality is not None:
+            raise ValueError("balance and locality exclude each other: members of a class are not neighbours")
+        assert selection.classes is not None, "`by` was given"
+        shares = class_shares(selection.labels, balance.weights)
+        stream = WeightedStream(selection.classes, shares, seed, by=balance.by, weights=balance.weights)
+    elif locality is not None:
+        stream = BlockStream(num_rows, seed, locality)
+    else:
+        stream = SampleStream(num_rows, seed)
+    return stream if selection.rows is None else SubsetStream(stream, selection.rows)
 
 
 def _make_decoder(

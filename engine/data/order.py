@@ -8,8 +8,8 @@ does not depend on the number of rows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,36 @@ import numpy.typing as npt
 from engine.data.hashing import absorb, seed_state
 from sharding.hashing import U64Array, mix64
 
+Int64 = npt.NDArray[np.int64]
+
 ORDER_VERSION = "feistel-1"
 """Names the algorithm below. It is stored in checkpoints: the same version always means the same order."""
 
 _DOMAIN = 1
+_DOMAIN_SUBSTITUTES = 6
 _ROUNDS = 8  # four leave small permutations visibly uneven
 _MAX_ROWS = 1 << 62  # keeps both radices below 2**32, which _below relies on
 
 
-def _below(hashes: U64Array, bound: int) -> U64Array:
-    """Map hashes to [0, bound) by multiply and shift; bound < 2**32, and the bias, bound / 2**32, cannot be seen."""
-    return ((hashes >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)
+class Stream(Protocol):
+    """An endless order of samples: position p holds the same row whoever asks, in whatever portions."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows are in [0, num_rows)."""
+        ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def order(self) -> str | dict[str, Any]:
+        """The algorithm's version and settings, as JSON holds them: what a checkpoint stores of the order."""
+        ...
+
+    def rows(self, first: int, count: int) -> Int64:
+        """Return the rows at positions [first, first + count), int64[count]. Raises ValueError for a negative one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,58 +57,116 @@ class SampleStream:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_rows <= _MAX_ROWS:
-            raise ValueError(f"a stream needs between 1 and 2**62 rows, not {self.num_rows}")
-        seed_state(self.seed, _DOMAIN)  # refuses a seed out of range
+        check_stream(self.num_rows, self.seed)
 
-    def rows(self, first: int, count: int) -> npt.NDArray[np.int64]:
+    @property
+    def order(self) -> str:
+        return ORDER_VERSION
+
+    def rows(self, first: int, count: int) -> Int64:
         """Return the rows at positions [first, first + count), int64[count]; the range may cross epochs."""
-        if first < 0 or count < 0:
-            raise ValueError(f"positions start at 0: asked for {count} positions from {first}")
-        positions = np.arange(first, first + count, dtype=np.int64)
-        if count == 0:
-            return positions
-        epochs = positions // self.num_rows
-        places = (positions - epochs * self.num_rows).astype(np.uint64)
-        first_epoch, last_epoch = int(epochs[0]), int(epochs[-1])
-        keys = self._round_keys(first_epoch, last_epoch)
-        # One epoch is the common case, and scalars broadcast faster than a key per position.
-        per_place = keys if first_epoch == last_epoch else keys[:, epochs - first_epoch]
-        return self._permute(places, per_place).astype(np.int64)
+        epochs, places = epochs_and_places(first, count, self.num_rows)
+        # Consecutive positions lie in few epochs: their keys are made once each, and one alone broadcasts faster.
+        which = epochs - epochs[:1]
+        keys = round_keys(absorb(seed_state(self.seed, _DOMAIN), np.unique(epochs).astype(np.uint64)))
+        return permuted(places, np.array([self.num_rows]), keys[:, which] if keys.shape[1] > 1 else keys)
 
-    def _round_keys(self, first_epoch: int, last_epoch: int) -> U64Array:
-        """Return one key per round and epoch, uint64[_ROUNDS, epochs]."""
-        epochs = np.arange(first_epoch, last_epoch + 1, dtype=np.uint64)
-        state = absorb(seed_state(self.seed, _DOMAIN), epochs)
-        return absorb(state[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
 
-    def _permute(self, places: U64Array, keys: U64Array) -> U64Array:
-        """Permute places (uint64[n], each < num_rows) under keys (uint64[_ROUNDS, n or 1])."""
-        permuted = self._feistel(places, keys)
-        outside = np.flatnonzero(permuted >= self.num_rows)
-        # Walk the cycle: going on from a value outside [0, num_rows) must come back inside, because the network
-        # permutes [0, a * b); and no two walks end in the same row.
-        while outside.size:
-            outside_keys = keys if keys.shape[1] == 1 else keys[:, outside]
-            permuted[outside] = self._feistel(permuted[outside], outside_keys)
-            outside = outside[permuted[outside] >= self.num_rows]
-        return permuted
+@dataclass(frozen=True, slots=True)
+class SubsetStream:
+    """A stream over the rows of a subset: `stream` orders places in `subset` (int32 or int64[num_rows])."""
 
-    def _feistel(self, values: U64Array, keys: U64Array) -> U64Array:
-        """Apply the network to values (uint64[n], each < a * b) under keys (uint64[_ROUNDS, n or 1])."""
-        radix_left = math.isqrt(self.num_rows - 1) + 1  # rounded up: at 1, three rows would only ever rotate
-        radix_right = -(-self.num_rows // radix_left)
-        left = values // np.uint64(radix_right)
-        right = values - left * np.uint64(radix_right)
-        for number, key in enumerate(keys):
-            # Each round adds to one half a function of the other one, modulo the half's own radix: a bijection.
-            if number % 2 == 0:
-                left += _below(mix64(right ^ key), radix_left)
-                left -= (left >= radix_left) * np.uint64(radix_left)
-            else:
-                right += _below(mix64(left ^ key), radix_right)
-                right -= (right >= radix_right) * np.uint64(radix_right)
-        return left * np.uint64(radix_right) + right
+    stream: Stream
+    subset: npt.NDArray[np.signedinteger]
+
+    def __post_init__(self) -> None:
+        assert self.stream.num_rows == len(self.subset)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.subset)
+
+    @property
+    def seed(self) -> int:
+        return self.stream.seed
+
+    @property
+    def order(self) -> str | dict[str, Any]:
+        return self.stream.order
+
+    def rows(self, first: int, count: int) -> Int64:
+        """Return the rows of the whole at positions [first, first + count), int64[count]."""
+        return self.subset[self.stream.rows(first, count)].astype(np.int64)
+
+
+def check_stream(num_rows: int, seed: int) -> None:
+    """Raise ValueError where no stream of so many rows or with such a seed can be."""
+    if not 1 <= num_rows <= _MAX_ROWS:
+        raise ValueError(f"a stream needs between 1 and 2**62 rows, not {num_rows}")
+    seed_state(seed, _DOMAIN)  # refuses a seed out of range
+
+
+def epochs_and_places(first: int, count: int, num_rows: int) -> tuple[Int64, Int64]:
+    """Split positions [first, first + count) into epochs and places within them, each int64[count]."""
+    if first < 0 or count < 0:
+        raise ValueError(f"positions start at 0: asked for {count} positions from {first}")
+    positions = np.arange(first, first + count, dtype=np.int64)
+    epochs = positions // num_rows
+    return epochs, positions - epochs * num_rows
+
+
+def round_keys(states: U64Array) -> U64Array:
+    """Return the keys of one permutation per state (uint64[n]), uint64[rounds, n], as `permuted` takes them."""
+    return absorb(states[None, :], np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+
+
+def permuted(places: Int64, sizes: Int64, keys: U64Array) -> Int64:
+    """Permute each place within [0, its size) under its keys, int64[n].
+
+    places: int64[n], each in [0, size). sizes: int64[n], or [1] for all of them, in [1, 2**62]. keys: uint64[rounds, n
+    or 1]. Places of one size and one key never collide.
+    """
+    values, bounds = places.astype(np.uint64), sizes.astype(np.uint64)
+    result = _feistel(values, bounds, keys)
+    outside = np.flatnonzero(result >= bounds)
+    # Walk the cycle: going on from a value outside [0, size) must come back inside, because the network permutes
+    # [0, a * b); and no two walks end in the same row.
+    while outside.size:
+        outside_bounds = bounds if len(bounds) == 1 else bounds[outside]
+        outside_keys = keys if keys.shape[1] == 1 else keys[:, outside]
+        result[outside] = _feistel(result[outside], outside_bounds, outside_keys)
+        outside = outside[result[outside] >= outside_bounds]
+    return result.astype(np.int64)
+
+
+def _feistel(values: U64Array, sizes: U64Array, keys: U64Array) -> U64Array:
+    """Apply the network to values (uint64[n], each < a * b) of sizes (uint64[n or 1])."""
+    radix_left = _ceil_sqrt(sizes)  # rounded up: at 1, three rows would only ever rotate
+    radix_right = -(-sizes.astype(np.int64) // radix_left.astype(np.int64)).astype(np.uint64)
+    left = values // radix_right
+    right = values - left * radix_right
+    for number, key in enumerate(keys):
+        # Each round adds to one half a function of the other one, modulo the half's own radix: a bijection.
+        if number % 2 == 0:
+            left += _below(mix64(right ^ key), radix_left)
+            left -= (left >= radix_left) * radix_left
+        else:
+            right += _below(mix64(left ^ key), radix_right)
+            right -= (right >= radix_right) * radix_right
+    return left * radix_right + right
+
+
+def _below(hashes: U64Array, bounds: U64Array) -> U64Array:
+    """Map hashes to [0, bound) by multiply and shift; bound < 2**32, and the bias, bound / 2**32, cannot be seen."""
+    return ((hashes >> np.uint64(32)) * bounds) >> np.uint64(32)
+
+
+def _ceil_sqrt(sizes: U64Array) -> U64Array:
+    """Return the smallest whole number whose square is at least the size, exactly; sizes in [1, 2**62]."""
+    root = np.sqrt(sizes.astype(np.float64)).astype(np.uint64)  # wrong by at most 1 above 2**52
+    root -= root * root >= sizes
+    root += root * root < sizes
+    return root
 
 
 def rank_positions(step: int, batch_size_per_rank: int, rank: int, world_size: int, *, first: int = 0) -> range:
@@ -106,3 +183,12 @@ def rank_positions(step: int, batch_size_per_rank: int, rank: int, world_size: i
         raise ValueError(f"rank {rank} does not exist among world_size={world_size} ranks")
     start = first + (step * world_size + rank) * batch_size_per_rank
     return range(start, start + batch_size_per_rank)
+
+
+def substitute_position(seed: int, position: int, attempt: int) -> int:
+    """Return the position, in [0, 2**62), whose row stands in for a bad sample: a hash, so that no other row moves.
+
+    attempt: 0 at first, 1 where that row is bad too, and so on.
+    """
+    state = absorb(seed_state(seed, _DOMAIN_SUBSTITUTES), np.array([position], dtype=np.uint64))
+    return int(absorb(state, np.array([attempt], dtype=np.uint64))[0]) >> 2

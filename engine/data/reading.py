@@ -11,14 +11,16 @@ import re
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sharding.index import Dataset
+from sharding.index import ROW_DTYPE, Dataset
 
 _HEADER_BYTES = 512  # a USTAR header; it stands right before its member's payload
 _MEMBER_NAME = re.compile(rb"([0-9a-f]{16})\.jpg\0")
@@ -46,10 +48,21 @@ class BadSampleError(RuntimeError):
 
 
 class Sample(NamedTuple):
-    """One encoded sample: its id (u64) and its JPEG stream, uint8[length]."""
+    """One encoded sample: its id (u64) and its JPEG stream, uint8[length]; or the fault that stands in their place."""
 
     sample_id: int
     jpeg: npt.NDArray[np.uint8]
+    fault: BadSampleError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A bad sample and what was delivered for it: the stream's position, the row it holds, the row that came."""
+
+    position: int
+    row: int
+    substitute: int
+    fault: BadSampleError = field(compare=False)
 
 
 class _OpenShard:
@@ -67,18 +80,23 @@ class _OpenShard:
 
 
 class SampleReader:
-    """Reads the samples of a dataset from any number of threads; `submit` reads in threads of its own."""
+    """Reads the samples of one dataset or several from any number of threads; `submit` reads in threads of its own.
 
-    def __init__(self, dataset: Dataset, *, threads: int = 4) -> None:
-        self._dataset = dataset
-        self._shard_paths = dataset.shard_paths
+    Rows are numbered through, dataset after dataset. With `keep_faults` a damaged sample is returned as a fault, to be
+    replaced; without, it raises BadSampleError. Raises ValueError where datasets hold patches of different sizes.
+    """
+
+    def __init__(self, datasets: Dataset | Sequence[Dataset], *, threads: int = 4, keep_faults: bool = False) -> None:
+        self._datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
+        self._first_rows = _firsts([dataset.num_rows for dataset in self._datasets])
+        self._first_shards = _firsts([len(dataset.shard_names) for dataset in self._datasets])
+        self._shard_paths = [path for dataset in self._datasets for path in dataset.shard_paths]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+        self._keep_faults = keep_faults
+        self._condemned: dict[int, BadSampleError] = {}
+        self.patch_px = _patch_px(self._datasets)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sample-reader")
-        try:
-            self.patch_px = int(dataset.meta["recipe"]["context_px"])
-        except KeyError:
-            raise ValueError(f"{dataset.path / 'dataset.json'} does not state recipe.context_px") from None
 
     def submit(self, rows: npt.NDArray[np.int64]) -> list[Future[list[Sample]]]:
         """Start reading rows (int64[n]) in threads; the results in turn are the samples in the order of `rows`."""
@@ -88,14 +106,18 @@ class SampleReader:
     def read(self, rows: npt.NDArray[np.int64]) -> list[Sample]:
         """Read rows (int64[n]) one after the other. Raises BadSampleError for the first one that is damaged."""
         # tolist makes Python numbers of all fields at once; element by element costs more than the checks.
-        entries = self._dataset.rows[rows].tolist()
+        entries = self._entries(rows).tolist()
         return [self._read_one(row, *entry) for row, entry in zip(rows.tolist(), entries, strict=True)]
 
     def bad_sample(self, row: int, reason: str) -> BadSampleError:
         """Describe a damaged sample by its shard and key, for whoever found the damage (a decoder, for one)."""
-        shard, offset, _, _ = self._dataset.rows[row].tolist()
+        shard, offset, _, _ = self._entries(np.array([row]))[0].tolist()
         path = self._shard_paths[shard]
-        return BadSampleError(path.stem, self._key(path, offset), reason, row, self._dataset.path)
+        return BadSampleError(path.stem, self._key(path, offset), reason, row, path.parents[1])
+
+    def condemn(self, error: BadSampleError) -> None:
+        """Treat a sample as damaged from now on: its bytes are as written, but it does not decode."""
+        self._condemned[error.row] = error
 
     def close(self) -> None:
         """Stop the threads and close the files."""
@@ -103,7 +125,30 @@ class SampleReader:
         with self._lock:
             self._open.clear()
 
+    def _entries(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """Return the rows' entries as ROW_DTYPE[n], their shards numbered through all datasets."""
+        if len(self._datasets) == 1:
+            return self._datasets[0].rows[rows]
+        entries = np.empty(len(rows), ROW_DTYPE)
+        owners = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for owner in np.unique(owners):
+            chosen = owners == owner
+            part = self._datasets[owner].rows[rows[chosen] - self._first_rows[owner]]
+            part["shard"] += int(self._first_shards[owner])
+            entries[chosen] = part
+        return entries
+
     def _read_one(self, row: int, shard: int, offset: int, length: int, crc32: int) -> Sample:
+        try:
+            if row in self._condemned:
+                raise self._condemned[row]
+            return self._read_sound(row, shard, offset, length, crc32)
+        except BadSampleError as error:
+            if not self._keep_faults:
+                raise
+            return Sample(0, np.empty(0, np.uint8), error)
+
+    def _read_sound(self, row: int, shard: int, offset: int, length: int, crc32: int) -> Sample:
         try:
             # pread, not mmap: a mapped file that is truncated kills the process. Bound to a name, so that the
             # descriptor stays open during the read.
@@ -158,6 +203,27 @@ class SampleReader:
         except OSError:
             match = None
         return match[1].decode() if match else f"<unreadable, payload at byte {offset}>"
+
+
+def _firsts(counts: list[int]) -> npt.NDArray[np.int64]:
+    """Return where each part begins when parts of these sizes are numbered through, int64[n]."""
+    return np.cumsum([0, *counts[:-1]], dtype=np.int64)
+
+
+def _patch_px(datasets: list[Dataset]) -> int:
+    """Return the side of the stored patches in px, one and the same for all datasets."""
+    sizes_px = []
+    for dataset in datasets:
+        try:
+            sizes_px.append(int(dataset.meta["recipe"]["context_px"]))
+        except KeyError:
+            raise ValueError(f"{dataset.path / 'dataset.json'} does not state recipe.context_px") from None
+        if sizes_px[-1] != sizes_px[0]:
+            raise ValueError(
+                f"{dataset.path} holds patches of {sizes_px[-1]} px, {datasets[0].path} of {sizes_px[0]} px: "
+                "datasets that are loaded together need one context_px"
+            )
+    return sizes_px[0]
 
 
 def _header_name(data: bytes, length: int) -> bytes | None:
