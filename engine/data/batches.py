@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.data.augment import Changes
 from engine.data.reading import Sample
 from engine.data.views import CropWindows
 
@@ -18,9 +19,8 @@ from engine.data.views import CropWindows
 class PatchBatch:
     """One rank's part of a batch.
 
-    images: per view a tensor [B, 3, size_px, size_px], RGB, float32 or uint8 as the view says, on the loader's device.
-    uint8 images are channels-last in memory, float32 ones contiguous. rows: int64[B], row numbers of the index.
-    sample_ids: uint64[B].
+    images: per view a tensor [B, 3, size_px, size_px], RGB, of the dtype and the order in memory that the view says, on
+    the loader's device. rows: int64[B], row numbers of the index. sample_ids: uint64[B].
     """
 
     images: list[torch.Tensor]
@@ -30,12 +30,13 @@ class PatchBatch:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """One rank's batch before decoding. positions, rows: int64[B]; windows: one entry per view."""
+    """One rank's batch before decoding. positions, rows: int64[B]; windows, changes: one entry per view."""
 
     positions: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     samples: list[Sample]
     windows: list[CropWindows]
+    changes: list[Changes]
 
 
 Decoded = tuple[EncodedBatch, list[torch.Tensor]]

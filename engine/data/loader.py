@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
-from engine.data.draws import DRAWS_VERSION, uniforms
+from engine.data.draws import DRAWS_VERSION
 from engine.data.order import ORDER_VERSION, SampleStream, rank_positions
 from engine.data.reading import Sample, SampleReader
-from engine.data.views import CROP_DRAWS, CropView, crop_windows
+from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
 
 _BATCHES_READ_AHEAD = 3  # beside those inside the decoder; encoded batches are small
@@ -172,11 +172,13 @@ class PatchLoader:
         self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
     ) -> EncodedBatch:
         patch_px = self._reader.patch_px
-        windows = [
-            crop_windows(view, uniforms(self._stream.seed, positions, number, CROP_DRAWS), patch_px, patch_px)
+        drawn = [
+            draw_view(view, number, seed=self._stream.seed, positions=positions, patch_px=patch_px)
             for number, view in enumerate(self._views)
         ]
-        return EncodedBatch(positions, rows, samples, windows)
+        return EncodedBatch(
+            positions, rows, samples, [windows for windows, _ in drawn], [changes for _, changes in drawn]
+        )
 
 
 def checked_seen(seen: int) -> int:
