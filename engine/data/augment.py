@@ -41,8 +41,8 @@ class Augment:
     haematoxylin, eosin and DAB times 1 - stain_sigma to 1 + stain_sigma, plus up to stain_sigma either way, in optical
     density (natural logarithm; Tellez et al. 2018). That is a matrix too, but of logarithms: it cannot be part of
     the colour's, and comes before it. blur: Gaussian, sigma in px uniform between the two numbers of blur_sigma_px, cut
-    off at twice the larger one. solarise: values from solarise_from (of 1) on are inverted. Applied in the order
-    stain, jitter, grey, blur, solarise.
+    off at twice the larger one. solarise: the upper half of the values is inverted. Applied in the order stain, jitter,
+    grey, blur, solarise.
     """
 
     jitter: float = 0.0
@@ -56,10 +56,9 @@ class Augment:
     hue: float = 0.1
     stain_sigma: float = 0.05
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
-    solarise_from: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("jitter", "grey", "stain", "blur", "solarise", "solarise_from"):
+        for name in ("jitter", "grey", "stain", "blur", "solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment {name} is {getattr(self, name)}; it has to be between 0 and 1")
         for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("stain_sigma", 1), ("hue", 0.5)):
@@ -90,8 +89,6 @@ class Changes(NamedTuple):
     high: tuple[float, float, float]
     """Per channel what pixel 255 comes to."""
     augmented: bool
-    solarise_from: float
-    """Between low (0) and high (1)."""
 
 
 def draw_changes(
@@ -112,7 +109,7 @@ def draw_changes(
     if augment is None:
         plain = np.column_stack([np.diag(scale), shift]).astype(np.float32)
         matrix = np.tile(plain, (len(draws), 1, 1)) if normalise else None
-        return Changes(matrix, None, None, None, low, high, False, 1.0)
+        return Changes(matrix, None, None, None, low, high, False)
     colours = _colours(augment, draws[:, :6], 255 * float(_LUMA @ np.array(mean))) * scale[:, None]
     colours[:, :, 3] += shift
     return Changes(
@@ -123,7 +120,6 @@ def draw_changes(
         low,
         high,
         True,
-        augment.solarise_from,
     )
 
 

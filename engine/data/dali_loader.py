@@ -50,6 +50,7 @@ class DaliDecoder:
         self._threads = threads
         self._bad_sample = bad_sample
         self._on_gpu = device.type == "cuda"
+        self._dali_resizes = self._on_gpu  # whole batches there; on the CPU that is slow, see `engine.data.finish`
         self._pool = finishing_pool(threads, "dali-finish")
 
     def decode(self, encoded: Iterator[EncodedBatch]) -> Generator[Decoded, None, None]:
@@ -100,13 +101,14 @@ class DaliDecoder:
             if batch is None:
                 raise StopIteration  # DALI then delivers what it holds
             in_flight.append(batch)
-            lent.append(_inputs(self._views, self._on_gpu, batch))
+            lent.append(_inputs(self._views, self._dali_resizes, batch))
             return lent[-1]
 
         pipeline = _crops(
             source,
             self._views,
             self._on_gpu,
+            self._dali_resizes,
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self.device.index if self._on_gpu else None,
@@ -137,7 +139,7 @@ class DaliDecoder:
         unfinished = []
         remaining = iter(outputs)
         for number, view in enumerate(self._views):
-            if not view.is_plain and not self._on_gpu:
+            if not view.is_plain and not self._dali_resizes:
                 images.append(empty_images(view, self._batch_size))
                 unfinished.append(number)
                 continue
@@ -191,12 +193,12 @@ def _boxes(batch: EncodedBatch) -> tuple[Int32, Int32]:
     return starts, np.max(ends, axis=0) - starts
 
 
-def _inputs(views: tuple[CropView, ...], on_gpu: bool, batch: EncodedBatch) -> tuple[Any, ...]:
+def _inputs(views: tuple[CropView, ...], dali_resizes: bool, batch: EncodedBatch) -> tuple[Any, ...]:
     """Lay out a batch as `_crops` expects it: JPEG streams, positions, boxes, then what the views take, see there."""
     starts, sizes = _boxes(batch)
     per_view: list[Any] = []
     for view, windows in zip(views, batch.windows, strict=True):
-        if len(views) > 1 and (view.is_plain or on_gpu):
+        if len(views) > 1 and (view.is_plain or dali_resizes):
             per_view.append(np.stack([windows.x0, windows.y0], axis=1) - starts)
             per_view.append(np.stack([windows.width, windows.height], axis=1))
         if view.is_plain and view.flips:  # DALI warns about an input that nothing uses
@@ -205,15 +207,15 @@ def _inputs(views: tuple[CropView, ...], on_gpu: bool, batch: EncodedBatch) -> t
 
 
 @pipeline_def
-def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool) -> tuple[Any, ...]:
+def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool, dali_resizes: bool) -> tuple[Any, ...]:
     """Define the pipeline. A sample is decoded once, the box around all its windows, and each view is cut out of that.
 
-    Plain views are finished here: uint8[H, W, 3] or float32[3, H, W]. Of the others come, on a GPU, uint8[H, W, 3] at
-    the view's size, and on the CPU, where DALI's resizing is slow, the decoded box, once. The positions come last.
+    Plain views are finished here: uint8[H, W, 3] or float32[3, H, W]. Of the others come, if DALI resizes,
+    uint8[H, W, 3] at the view's size, else the decoded box, once. The positions come last.
     """
     ndims = [1, 0, 1, 1]
     for view in views:
-        ndims += [1, 1] * (len(views) > 1 and (view.is_plain or on_gpu)) + [0, 0] * (view.is_plain and view.flips)
+        ndims += [1, 1] * (len(views) > 1 and (view.is_plain or dali_resizes)) + [0, 0] * (view.is_plain and view.flips)
     jpegs, positions, box_start, box_size, *arguments = fn.external_source(
         source=source,
         num_outputs=len(ndims),
@@ -237,7 +239,7 @@ def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool) -> tuple[A
     remaining = iter(arguments)
     images = []
     for view in views:
-        if not view.is_plain and not on_gpu:
+        if not view.is_plain and not dali_resizes:
             continue
         crop = box
         if len(views) > 1:
@@ -247,7 +249,8 @@ def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool) -> tuple[A
             images.append(_flipped(crop, view, flips))
         else:
             images.append(_resized(crop, view))
-    return *images, *([box] if not on_gpu and not all(view.is_plain for view in views) else []), positions
+    boxes = [] if dali_resizes or all(view.is_plain for view in views) else [box]
+    return *images, *boxes, positions
 
 
 def _flipped(crop: Any, view: CropView, flips: tuple[Any, Any] | None) -> Any:

@@ -50,8 +50,8 @@ def finish_sample(
     x0, y0 = int(windows.x0[index]) - origin[0], int(windows.y0[index]) - origin[1]
     crop = pixels[y0 : y0 + int(windows.height[index]), x0 : x0 + int(windows.width[index])]
     one = slice(index, index + 1)
-    resized = resize(torch.from_numpy(np.ascontiguousarray(crop)), view.size_px)[None]
-    turned = turn(resized, CropWindows(*(field[one] for field in windows)))
+    resized = resize(torch.from_numpy(np.ascontiguousarray(crop)), view.size_px)
+    turned = turn(resized[None], CropWindows(*(field[one] for field in windows)))
     finish(turned, changes_of(changes, one), images[one])
 
 
@@ -62,8 +62,9 @@ def resize(crop: torch.Tensor, size_px: int) -> torch.Tensor:
     """
     if crop.shape[:2] == (size_px, size_px):
         return crop
+    # Unsqueezed first: the strides tell torch that this is channels-last, and what it returns is so too.
     resized = torch.nn.functional.interpolate(
-        crop.permute(2, 0, 1)[None], (size_px, size_px), mode="bilinear", align_corners=False, antialias=True
+        crop[None].permute(0, 3, 1, 2), (size_px, size_px), mode="bilinear", align_corners=False, antialias=True
     )
     return resized[0].permute(1, 2, 0)
 
@@ -93,7 +94,7 @@ def finish(crops: torch.Tensor, changes: Changes, images: torch.Tensor) -> None:
     if changes.blur is not None:
         _blur(result, changes.blur)
     if changes.solarise is not None:
-        _solarise(result, changes)
+        _solarise(result, changes.solarise, changes)
     if images.dtype == torch.uint8:
         result.round_()
     if not in_place:
@@ -117,12 +118,13 @@ def _stained(values: torch.Tensor, stain: Float32) -> torch.Tensor:
     chosen = ~np.isnan(stain[:, 0, 0])
     if not chosen.any():
         return values
-    kept = torch.from_numpy(~chosen).to(values.device)[:, None, None]
     densities = ((values + 1) / 256).log_().neg_()
     stained = torch.empty_like(values)
     _affine(np.nan_to_num(stain), densities, stained)
     stained = stained.neg_().exp_().mul_(256).sub_(1).clamp_(0, 255)
-    return torch.where(kept, values, stained)
+    if chosen.all():
+        return stained
+    return torch.where(torch.from_numpy(chosen).to(values.device)[:, None, None], stained, values)
 
 
 def _blur(images: torch.Tensor, weights: Float32) -> None:
@@ -144,16 +146,13 @@ def _blur(images: torch.Tensor, weights: Float32) -> None:
     images[where] = blurred
 
 
-def _solarise(images: torch.Tensor, changes: Changes) -> None:
-    """Invert, in place, what is at or above the threshold in the crops that are chosen."""
-    assert changes.solarise is not None
-    if not changes.solarise.any():
+def _solarise(images: torch.Tensor, solarise: npt.NDArray[np.bool_], changes: Changes) -> None:
+    """Invert the upper half of the values, in place, of the crops that are chosen: that is the smaller of both."""
+    if not solarise.any():
         return
-    chosen = torch.from_numpy(changes.solarise).to(images.device)[:, None, None]
-    for channel, (low, high) in enumerate(zip(changes.low, changes.high, strict=True)):
-        values = images[:, channel]
-        inverted = chosen & (values >= low + changes.solarise_from * (high - low))
-        values.copy_(torch.where(inverted, low + high - values, values))
+    mirror = np.where(solarise[:, None], np.array(changes.low) + changes.high, np.inf).astype(np.float32)
+    mirrored = torch.from_numpy(mirror).to(images.device)[:, :, None, None] - images
+    torch.minimum(images, mirrored, out=images)
 
 
 def _where(drawn: Int32, turned: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
