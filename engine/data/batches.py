@@ -21,22 +21,31 @@ class PatchBatch:
 
     images: per view a tensor [B, 3, size_px, size_px], RGB, of the dtype and the order in memory that the view says, on
     the loader's device. rows: int64[B], row numbers of the index. sample_ids: uint64[B].
+
+    Of regions of n x n patches, images are [B, n * n, 3, size_px, size_px], rows and sample_ids [B, n * n], row by row,
+    and present is bool[B, n * n]: where it is False images and sample_ids are 0 and rows -1. Otherwise it is None.
     """
 
     images: list[torch.Tensor]
     rows: torch.Tensor
     sample_ids: npt.NDArray[np.uint64]
+    present: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """One rank's batch before decoding. positions, rows: int64[B]; windows, changes: one entry per view."""
+    """One rank's batch before decoding. positions, rows: int64[B]; windows, changes: one entry per view.
+
+    Of regions, the patches of all of them one after the other; a missing one is stood in for by another of its region,
+    and present, bool[B, n * n], says so.
+    """
 
     positions: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     samples: list[Sample]
     windows: list[CropWindows]
     changes: list[Changes]
+    present: npt.NDArray[np.bool_] | None = None
 
 
 Decoded = tuple[EncodedBatch, list[torch.Tensor]]

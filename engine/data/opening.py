@@ -13,6 +13,7 @@ from engine.data.batches import Decoder
 from engine.data.loader import PatchLoader, checked_seen
 from engine.data.order import SampleStream, rank_positions
 from engine.data.reading import SampleReader
+from engine.data.regions import patches_per_sample
 from engine.data.views import CropView
 from engine.runtime import usable_cores
 from sharding.index import Dataset, open_dataset
@@ -56,7 +57,7 @@ def open_loader(
     decoder = _make_decoder(
         backend,
         views=views,
-        batch_size=batch_size_per_rank,
+        batch_size=batch_size_per_rank * patches_per_sample(dataset, views),
         threads=threads or min(16, usable_cores()),
         device=_resolve_device(device),
         reader=reader,

@@ -33,7 +33,9 @@ class CropView:
     output: "float32" and "float16" are (pixel / 255 - mean) / std per RGB channel; "uint8" hands over the pixels as
     they are, to be normalised where that is cheap. channels_last: the images' order in memory (their shape is always
     [B, 3, size_px, size_px]); by default uint8 is channels-last, the others contiguous. draws_of: take the random
-    numbers of that view number instead of one's own: with equal settings the two are then equal.
+    numbers of that view number instead of one's own: with equal settings the two are then equal. region: a sample is
+    not a patch but a region of n x n patches, all cut and changed alike; partial regions are refused ("whole") or
+    filled up with zeros ("padded", see `PatchBatch.present`). Flips and rotations turn each patch, not the region.
     """
 
     size_px: int
@@ -47,6 +49,7 @@ class CropView:
     augment: Augment | None = None
     channels_last: bool | None = None
     draws_of: int | None = None
+    region: Literal["whole", "padded"] | None = None
 
     def __post_init__(self) -> None:
         if self.size_px < 1:
@@ -62,6 +65,8 @@ class CropView:
                 f"a blur reaches {self.augment.blur_radius_px} px, too far for crops of {self.size_px} px: "
                 "lower blur_sigma_px"
             )
+        if self.region not in (None, "whole", "padded"):
+            raise ValueError(f"region is {self.region!r}; it has to be None, 'whole' or 'padded'")
         if self.draws_of is not None and self.draws_of < 0:
             raise ValueError(f"draws_of is {self.draws_of}; it is the number of a view, from 0 on")
 
