@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -183,8 +184,10 @@ def test_the_steps_of_the_gpu_deliver_the_same(dataset: Any, name: str) -> None:
                 assert (images.float() - expected.float()).abs().mean() <= tolerance
 
 
-def test_torch_keeps_its_threads_outside_the_loader(dataset: Any, backend: Any) -> None:
-    before = torch.get_num_threads()
+def test_torch_keeps_its_threads_and_a_closed_loader_leaves_none(dataset: Any, backend: Any) -> None:
+    num_torch, running = torch.get_num_threads(), threading.active_count()
     with open_cpu(dataset, backend, [ECT]) as loader:
         next(loader)
-        assert torch.get_num_threads() == before
+        assert torch.get_num_threads() == num_torch
+        assert threading.active_count() > running
+    assert threading.active_count() == running
