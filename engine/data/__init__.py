@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.data.augment import Augment as Augment
     from engine.data.batches import PatchBatch as PatchBatch
+    from engine.data.ect import Ect as Ect
     from engine.data.loader import PatchLoader as PatchLoader
     from engine.data.locality import Blocks as Blocks
     from engine.data.opening import StreamLoader as StreamLoader
@@ -15,31 +17,38 @@ if TYPE_CHECKING:
     from engine.data.reading import BadSampleError as BadSampleError
     from engine.data.reading import Replacement as Replacement
     from engine.data.views import CropView as CropView
+    from engine.data.views import dino_views as dino_views
     from engine.data.weighted import Balance as Balance
 
 _MODULE_OF = {
+    "Augment": "augment",
     "BadSampleError": "reading",
     "Balance": "weighted",
     "Blocks": "locality",
     "CropView": "views",
+    "Ect": "ect",
     "PatchBatch": "batches",
     "PatchLoader": "loader",
     "Replacement": "reading",
     "SampleStream": "order",
     "StreamLoader": "opening",
+    "dino_views": "views",
     "open_loader": "opening",
 }
 
 __all__ = [
+    "Augment",
     "BadSampleError",
     "Balance",
     "Blocks",
     "CropView",
+    "Ect",
     "PatchBatch",
     "PatchLoader",
     "Replacement",
     "SampleStream",
     "StreamLoader",
+    "dino_views",
     "open_loader",
 ]
 

@@ -1,14 +1,16 @@
 """The fast decoder: NVIDIA DALI, on the CPU or the GPU. The one module that imports nvidia.dali.
 
-DALI gets encoded samples and windows and keeps no state: it draws nothing, orders nothing and reads no file. Only the
-crop is decoded. On the CPU that is bit for bit what a full decode and a slice give (`torch_loader` is the
-specification, the tests compare); the GPU's decoder computes its own IDCT and may differ by rounding.
+DALI gets encoded samples and windows and keeps no state: it draws nothing, orders nothing and reads no file. Only what
+some view shows is decoded. On the CPU that is bit for bit what a full decode and a slice give (`torch_loader` is the
+specification, the tests compare); the GPU's decoder computes its own IDCT and may differ by rounding. What DALI does
+slowly or not at all (resizing and colour on the CPU, quarter turns) is left to `engine.data.finish`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,13 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from engine.data.batches import Decoded, EncodedBatch
+from engine.data.ect import Int32
+from engine.data.finish import empty_images, finish, finish_sample, finishing_pool, turn
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
 _PREFETCH = 2  # batches inside DALI beside the one being used
+_BATCHES_IN_FINISH = 2  # one being finished while one is being used
 
 Source = Callable[[], tuple[Any, ...]]
 
@@ -44,9 +49,48 @@ class DaliDecoder:
         self._batch_size = batch_size
         self._threads = threads
         self._bad_sample = bad_sample
+        self._on_gpu = device.type == "cuda"
+        self._dali_resizes = self._on_gpu  # whole batches there; on the CPU that is slow, see `engine.data.finish`
+        self._pool = finishing_pool(threads, "dali-finish")
 
     def decode(self, encoded: Iterator[EncodedBatch]) -> Generator[Decoded, None, None]:
-        """See `Decoder.decode`. Each call builds a pipeline (10 ms): after an error DALI's is not to be trusted."""
+        """See `Decoder.decode`."""
+        batches = self._run(encoded)
+        pending: deque[tuple[EncodedBatch, list[torch.Tensor], list[Future[None]]]] = deque()
+        failure: Exception | None = None
+        ended = False
+        try:
+            while True:
+                while not ended and len(pending) < _BATCHES_IN_FINISH:
+                    try:
+                        batch, outputs = next(batches)
+                        pending.append((batch, *self._finished(batch, outputs)))
+                    except StopIteration:
+                        ended = True
+                    except Exception as error:  # raised once the good batches before it are delivered
+                        failure, ended = error, True
+                    if ended or not pending[-1][2]:
+                        break  # nothing is computed meanwhile, so there is nothing to gain by going ahead
+                if not pending:
+                    break
+                batch, images, tasks = pending.popleft()
+                for task in tasks:
+                    task.result()
+                yield batch, images
+        finally:
+            for _, _, tasks in pending:
+                for task in tasks:
+                    task.cancel()
+            batches.close()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Stop the threads; the pipeline ends with the iterator of `decode`."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, encoded: Iterator[EncodedBatch]) -> Generator[tuple[EncodedBatch, list[Any]], None, None]:
+        """Yield each batch with DALI's outputs, from a pipeline of its own (10 ms): an error ruins one."""
         in_flight: deque[EncodedBatch] = deque()
         # no_copy lends our arrays to DALI, so they stay here until no batch inside it can need them: as many as DALI
         # holds, and as many again, because on the GPU a copy may still run when its batch is handed out.
@@ -57,17 +101,17 @@ class DaliDecoder:
             if batch is None:
                 raise StopIteration  # DALI then delivers what it holds
             in_flight.append(batch)
-            lent.append(_inputs(self._views, batch))
+            lent.append(_inputs(self._views, self._dali_resizes, batch))
             return lent[-1]
 
-        on_gpu = self.device.type == "cuda"
         pipeline = _crops(
             source,
             self._views,
-            on_gpu,
+            self._on_gpu,
+            self._dali_resizes,
             batch_size=self._batch_size,
             num_threads=self._threads,
-            device_id=self.device.index if on_gpu else None,
+            device_id=self.device.index if self._on_gpu else None,
             prefetch_queue_depth=_PREFETCH,
             # With the older executor (exec_dynamic=False) a tensor handed over by dlpack is overwritten two batches on.
             exec_dynamic=True,
@@ -75,7 +119,7 @@ class DaliDecoder:
         while True:
             try:
                 # Bound to torch's stream, so that DALI reuses a tensor's memory only after torch's work on it.
-                outputs = pipeline.run(torch.cuda.current_stream(self.device) if on_gpu else None)
+                outputs = pipeline.run(torch.cuda.current_stream(self.device) if self._on_gpu else None)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -87,14 +131,43 @@ class DaliDecoder:
                     f"DALI delivered positions {positions.as_array()[:3]}..., expected {batch.positions[:3]}...: "
                     "a fault of the loader, please report it; backend='torch' does without DALI"
                 )
-            yield batch, [self._to_torch(view, out) for view, out in zip(self._views, images, strict=True)]
+            yield batch, images
 
-    def close(self) -> None:
-        """Do nothing: the pipeline ends with the iterator of `decode`."""
+    def _finished(self, batch: EncodedBatch, outputs: list[Any]) -> tuple[list[torch.Tensor], list[Future[None]]]:
+        """Return the images of all views, and the tasks that still write into them."""
+        images = []
+        unfinished = []
+        remaining = iter(outputs)
+        for number, view in enumerate(self._views):
+            if not view.is_plain and not self._dali_resizes:
+                images.append(empty_images(view, self._batch_size))
+                unfinished.append(number)
+                continue
+            tensor = torch.from_dlpack(next(remaining).as_tensor())  # no copy
+            if view.is_plain:
+                images.append(tensor.permute(0, 3, 1, 2) if view.output == "uint8" else tensor)
+            else:
+                images.append(empty_images(view, self._batch_size, self.device))
+                finish(turn(tensor, batch.windows[number]), batch.changes[number], images[-1])
+        if not unfinished:
+            return images, []
+        boxes = next(remaining)
+        origins = _boxes(batch)[0].tolist()
 
-    def _to_torch(self, view: CropView, output: Any) -> torch.Tensor:
-        tensor = torch.from_dlpack(output.as_tensor())  # no copy
-        return tensor.permute(0, 3, 1, 2) if view.output == "uint8" else tensor
+        def finish_one(index: int) -> None:
+            pixels = np.asarray(boxes[index])
+            for number in unfinished:
+                finish_sample(
+                    self._views[number],
+                    pixels,
+                    batch.windows[number],
+                    batch.changes[number],
+                    index,
+                    images[number],
+                    origin=origins[index],
+                )
+
+        return images, [self._pool.submit(finish_one, index) for index in range(self._batch_size)]
 
     def _explain(self, in_flight: deque[EncodedBatch], error: RuntimeError) -> Exception:
         """Find the sample that DALI failed on: it names none, and a batch fails as a whole."""
@@ -113,23 +186,37 @@ class DaliDecoder:
         )
 
 
-def _inputs(views: tuple[CropView, ...], batch: EncodedBatch) -> tuple[Any, ...]:
-    """Lay out a batch as `_crops` expects it: JPEG streams, positions, then each view's windows and flips if any."""
+def _boxes(batch: EncodedBatch) -> tuple[Int32, Int32]:
+    """Return per sample the box around all views' windows: upper left corner and size, int32[n, 2] each (x, y)."""
+    starts = np.min([np.stack([windows.x0, windows.y0], axis=1) for windows in batch.windows], axis=0)
+    ends = [np.stack([windows.x0 + windows.width, windows.y0 + windows.height], axis=1) for windows in batch.windows]
+    return starts, np.max(ends, axis=0) - starts
+
+
+def _inputs(views: tuple[CropView, ...], dali_resizes: bool, batch: EncodedBatch) -> tuple[Any, ...]:
+    """Lay out a batch as `_crops` expects it: JPEG streams, positions, boxes, then what the views take, see there."""
+    starts, sizes = _boxes(batch)
     per_view: list[Any] = []
     for view, windows in zip(views, batch.windows, strict=True):
-        per_view.append(np.stack([windows.x0, windows.y0], axis=1))
-        if view.flips:  # DALI warns about an input that nothing uses
+        if len(views) > 1 and (view.is_plain or dali_resizes):
+            per_view.append(np.stack([windows.x0, windows.y0], axis=1) - starts)
+            per_view.append(np.stack([windows.width, windows.height], axis=1))
+        if view.is_plain and view.flips:  # DALI warns about an input that nothing uses
             per_view += [windows.flip_x, windows.flip_y]
-    return [sample.jpeg for sample in batch.samples], batch.positions, *per_view
+    return [sample.jpeg for sample in batch.samples], batch.positions, starts, sizes, *per_view
 
 
 @pipeline_def
-def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool) -> tuple[Any, ...]:
-    """Define the pipeline: per view uint8[H, W, 3] or float32[3, H, W], then the stream positions, int64[]."""
-    ndims = [1, 0]
+def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool, dali_resizes: bool) -> tuple[Any, ...]:
+    """Define the pipeline. A sample is decoded once, the box around all its windows, and each view is cut out of that.
+
+    Plain views are finished here: uint8[H, W, 3] or float32[3, H, W]. Of the others come, if DALI resizes,
+    uint8[H, W, 3] at the view's size, else the decoded box, once. The positions come last.
+    """
+    ndims = [1, 0, 1, 1]
     for view in views:
-        ndims += [1, 0, 0] if view.flips else [1]
-    jpegs, positions, *arguments = fn.external_source(
+        ndims += [1, 1] * (len(views) > 1 and (view.is_plain or dali_resizes)) + [0, 0] * (view.is_plain and view.flips)
+    jpegs, positions, box_start, box_size, *arguments = fn.external_source(
         source=source,
         num_outputs=len(ndims),
         batch=True,
@@ -137,36 +224,59 @@ def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool) -> tuple[A
         dtype=[types.UINT8, types.INT64] + [types.INT32] * (len(ndims) - 2),
         ndim=ndims,
     )
+    box = fn.decoders.image_slice(
+        jpegs,
+        device="mixed" if on_gpu else "cpu",
+        start=box_start,
+        shape=box_size,
+        axis_names="WH",
+        output_type=types.RGB,
+        # An EXIF tag must not turn a patch: the index knows where its pixels lie.
+        adjust_orientation=False,
+        # The GPU's default upsampling of chroma differs from libjpeg's.
+        jpeg_fancy_upsampling=True,
+    )
     remaining = iter(arguments)
     images = []
     for view in views:
-        start = next(remaining)
-        flip_x, flip_y = (next(remaining), next(remaining)) if view.flips else (0, 0)
-        crop = fn.decoders.image_slice(
-            jpegs,
-            device="mixed" if on_gpu else "cpu",
-            start=start,
-            shape=[view.size_px, view.size_px],
-            axis_names="WH",
-            output_type=types.RGB,
-            # An EXIF tag must not turn a patch: the index knows where its pixels lie.
-            adjust_orientation=False,
-            # The GPU's default upsampling of chroma differs from libjpeg's.
-            jpeg_fancy_upsampling=True,
-        )
-        if view.output == "uint8":
-            if view.flips:
-                crop = fn.flip(crop, horizontal=flip_x, vertical=flip_y)
+        if not view.is_plain and not dali_resizes:
+            continue
+        crop = box
+        if len(views) > 1:
+            crop = fn.slice(box, start=next(remaining), shape=next(remaining), axis_names="WH")
+        if view.is_plain:
+            flips = (next(remaining), next(remaining)) if view.flips else None
+            images.append(_flipped(crop, view, flips))
         else:
-            if view.flips:
-                crop = fn.flip(crop, horizontal=0, vertical=flip_y)
-            crop = fn.crop_mirror_normalize(
-                crop,
-                dtype=types.FLOAT,
-                output_layout="CHW",
-                mean=[255 * value for value in view.mean],
-                std=[255 * value for value in view.std],
-                mirror=flip_x,
-            )
-        images.append(crop)
-    return *images, positions
+            images.append(_resized(crop, view))
+    boxes = [] if dali_resizes or all(view.is_plain for view in views) else [box]
+    return *images, *boxes, positions
+
+
+def _flipped(crop: Any, view: CropView, flips: tuple[Any, Any] | None) -> Any:
+    """Flip, and normalise where the view is of floats."""
+    if view.output == "uint8":
+        return fn.flip(crop, horizontal=flips[0], vertical=flips[1]) if flips else crop
+    if flips:
+        crop = fn.flip(crop, horizontal=0, vertical=flips[1])
+    return fn.crop_mirror_normalize(
+        crop,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in view.mean],
+        std=[255 * value for value in view.std],
+        mirror=flips[0] if flips else 0,
+    )
+
+
+def _resized(crop: Any, view: CropView) -> Any:
+    """Resize as `engine.data.finish.resize`, give or take one grey level.
+
+    Only the outermost pixels of an axis that shrinks differ more, by 13 on noise that shrinks to a quarter: there DALI
+    repeats the crop's edge, and the specification weighs what there is.
+    """
+    if view.ect is None:
+        return crop
+    return fn.resize(
+        crop, resize_x=view.size_px, resize_y=view.size_px, interp_type=types.INTERP_LINEAR, antialias=True
+    )

@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
-from engine.data.draws import DRAWS_VERSION, uniforms
-from engine.data.order import ORDER_VERSION, SampleStream, rank_positions
+from engine.data.draws import DRAWS_VERSION
+from engine.data.order import Stream, rank_positions
 from engine.data.reading import Sample, SampleReader
-from engine.data.views import CROP_DRAWS, CropView, crop_windows
+from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
+
+Rows = npt.NDArray[np.int64]
 
 _BATCHES_READ_AHEAD = 3  # beside those inside the decoder; encoded batches are small
 
@@ -35,16 +37,19 @@ class PatchLoader:
         reader: SampleReader,
         decoder: Decoder,
         *,
+        stream: Stream,
+        regions: Rows | None,
         batch_size_per_rank: int,
         views: Sequence[CropView],
-        seed: int,
         seen: int,
         rank: int,
         world_size: int,
     ) -> None:
+        """`stream` orders rows, or `regions` (see `region_rows`) where these are the samples."""
         self._reader = reader
         self._decoder = decoder
-        self._stream = SampleStream(dataset.num_rows, seed)
+        self._regions = regions
+        self._stream = stream
         self._digest = str(dataset.meta["digest"])
         self._batch_size_per_rank = batch_size_per_rank
         self._views = tuple(views)
@@ -74,7 +79,7 @@ class PatchLoader:
         """Return everything that decides which samples come next, as plain numbers, strings and lists."""
         return {
             "seen": self._seen,
-            "order": ORDER_VERSION,
+            "order": self._stream.order,
             "draws": DRAWS_VERSION,
             "seed": self._stream.seed,
             "dataset": self._digest,
@@ -118,7 +123,8 @@ class PatchLoader:
         # From the positions that came out, not from a counter of what went in: the two differ by what is prefetched.
         self._seen = int(encoded.positions[0]) + self._batch_size_per_rank * (self._world_size - self._rank)
         sample_ids = np.array([sample.sample_id for sample in encoded.samples], dtype=np.uint64)
-        return PatchBatch(images, torch.from_numpy(encoded.rows), sample_ids)
+        batch = PatchBatch(images, torch.from_numpy(encoded.rows), sample_ids)
+        return batch if encoded.present is None else _of_regions(batch, encoded.present)
 
     def close(self) -> None:
         """Stop all threads and close all files; idempotent. Delivered batches stay valid."""
@@ -147,7 +153,7 @@ class PatchLoader:
 
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
-        pending: deque[tuple[range, npt.NDArray[np.int64], list[Future[list[Sample]]]]] = deque()
+        pending: deque[tuple[range, Rows, npt.NDArray[np.bool_] | None, list[Future[list[Sample]]]]] = deque()
         step = 0
         try:
             while True:
@@ -156,27 +162,49 @@ class PatchLoader:
                         step, self._batch_size_per_rank, self._rank, self._world_size, first=first
                     )
                     rows = self._stream.rows(positions.start, len(positions))
-                    pending.append((positions, rows, self._reader.submit(rows)))
+                    present = None
+                    if self._regions is not None:
+                        rows = self._regions[rows]
+                        present = rows >= 0
+                        # Decoders want full batches, so another patch of the region stands in for a missing one.
+                        rows = np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1)
+                    pending.append((positions, rows, present, self._reader.submit(rows)))
                     step += 1
-                positions, rows, reads = pending.popleft()
+                positions, rows, present, reads = pending.popleft()
                 samples = [sample for read in reads for sample in read.result()]
-                yield self._planned(np.arange(positions.start, positions.stop), rows, samples)
+                # All patches of a region share its position, and with it every draw.
+                per_row = np.arange(positions.start, positions.stop).repeat(len(rows) // len(positions))
+                yield self._planned(per_row, rows, samples, present)
         except Exception as failure:
             self._failure = failure
         finally:
-            for _, _, reads in pending:
+            for *_, reads in pending:
                 for read in reads:
                     read.cancel()
 
     def _planned(
-        self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
+        self, positions: Rows, rows: Rows, samples: list[Sample], present: npt.NDArray[np.bool_] | None
     ) -> EncodedBatch:
         patch_px = self._reader.patch_px
-        windows = [
-            crop_windows(view, uniforms(self._stream.seed, positions, number, CROP_DRAWS), patch_px, patch_px)
+        drawn = [
+            draw_view(view, number, seed=self._stream.seed, positions=positions, patch_px=patch_px)
             for number, view in enumerate(self._views)
         ]
-        return EncodedBatch(positions, rows, samples, windows)
+        windows, changes = [windows for windows, _ in drawn], [changes for _, changes in drawn]
+        return EncodedBatch(positions, rows, samples, windows, changes, present)
+
+
+def _of_regions(batch: PatchBatch, present: npt.NDArray[np.bool_]) -> PatchBatch:
+    """Group a batch of patches by region, and take out what only stood in for a missing patch."""
+    mask = torch.from_numpy(present)
+    for images in batch.images:
+        images[(~mask).flatten().to(images.device)] = 0
+    return PatchBatch(
+        [images.unflatten(0, present.shape) for images in batch.images],
+        batch.rows.view(mask.shape).where(mask, -1),
+        np.where(present, batch.sample_ids.reshape(present.shape), 0).astype(np.uint64),
+        mask,
+    )
 
 
 def checked_seen(seen: int) -> int:

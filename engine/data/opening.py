@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from engine.data.loader import PatchLoader, checked_seen
 from engine.data.locality import Blocks, BlockStream
 from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions, substitute_position
 from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
+from engine.data.regions import patches_per_sample, region_rows
 from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.views import CropView
 from engine.data.weighted import Balance, WeightedStream, class_shares
@@ -40,6 +41,7 @@ class StreamLoader(PatchLoader):
         decoder: Decoder,
         *,
         stream: Stream,
+        regions: npt.NDArray[np.int64] | None,
         rows_identity: str | dict[str, Any],
         bad_samples: BadSamples,
         batch_size_per_rank: int,
@@ -52,14 +54,14 @@ class StreamLoader(PatchLoader):
             datasets[0],
             reader,
             decoder,
+            stream=stream,
+            regions=regions,
             batch_size_per_rank=batch_size_per_rank,
             views=views,
-            seed=stream.seed,
             seen=seen,
             rank=rank,
             world_size=world_size,
         )
-        self._stream = cast(SampleStream, stream)  # of which only `seed` and `rows` are used
         self._rows_identity = rows_identity
         self._bad_samples = bad_samples
         self._planned_replacements: dict[int, Replacement] = {}  # of batches that are prefetched
@@ -72,7 +74,7 @@ class StreamLoader(PatchLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides which samples come next, as plain numbers, strings, lists and dicts."""
-        return super().state_dict() | {"order": self._stream.order, "dataset": self._rows_identity}
+        return super().state_dict() | {"dataset": self._rows_identity}
 
     def __next__(self) -> PatchBatch:
         """Return the next batch. After an error the loader stands where it stood: at the samples delivered."""
@@ -97,13 +99,17 @@ class StreamLoader(PatchLoader):
         self._planned_replacements.clear()
 
     def _planned(
-        self, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], samples: list[Sample]
+        self,
+        positions: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        samples: list[Sample],
+        present: npt.NDArray[np.bool_] | None,
     ) -> EncodedBatch:
         rows, samples = rows.copy(), list(samples)
         for place, sample in enumerate(samples):
             if sample.fault is not None:
                 rows[place], samples[place] = self._substitute(int(positions[place]), sample.fault)
-        return super()._planned(positions, rows, samples)
+        return super()._planned(positions, rows, samples, present)
 
     def _substitute(self, position: int, fault: BadSampleError) -> tuple[int, Sample]:
         """Return the row and the sample that are delivered at a position whose own sample is bad."""
@@ -152,8 +158,17 @@ def open_loader(
         raise ValueError("views is empty: a loader delivers at least one view of each sample")
     if bad_samples not in ("fail", "replace"):
         raise ValueError(f"bad_samples is {bad_samples!r}; it has to be 'fail' or 'replace'")
+    per_sample = patches_per_sample(datasets[0], views)
+    if per_sample > 1 and (where or balance or locality or len(datasets) > 1 or bad_samples == "replace"):
+        raise ValueError(
+            "views of regions take one dataset as it is: where, balance, locality, several datasets and "
+            "bad_samples='replace' are for patches"
+        )
+    regions = region_rows(datasets[0], views)
     selection = select(datasets, where=where, by=balance.by if balance else None)
     num_rows = sum(each.num_rows for each in datasets) if selection.rows is None else len(selection.rows)
+    if regions is not None:
+        num_rows = len(regions)
     stream = _make_stream(num_rows, seed, selection, balance, locality)
     reader = SampleReader(datasets, keep_faults=bad_samples == "replace")
     for view in views:
@@ -161,18 +176,19 @@ def open_loader(
     decoder = _make_decoder(
         backend,
         views=views,
-        batch_size=batch_size_per_rank,
+        batch_size=batch_size_per_rank * per_sample,
         threads=threads or min(16, usable_cores()),
         device=_resolve_device(device),
         reader=reader,
     )
     names = ", ".join(str(each.path) for each in datasets)
-    _log.info("loading %d rows of %s with %s on %s", num_rows, names, decoder.backend, decoder.device)
+    _log.info("loading %d samples of %s with %s on %s", num_rows, names, decoder.backend, decoder.device)
     return StreamLoader(
         datasets,
         reader,
         decoder,
         stream=stream,
+        regions=regions,
         rows_identity=identity(datasets, where, selection),
         bad_samples=bad_samples,
         batch_size_per_rank=batch_size_per_rank,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.data import CropView, open_loader
+from engine.data import Augment, CropView, Ect, open_loader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +34,27 @@ def test_dali_on_the_gpu_delivers_what_the_plain_loader_specifies(dataset: Any, 
             difference = (one.images[0].cpu().int() - other.images[0].int()).abs()
             assert difference.float().mean() <= MEAN_TOLERANCE
             assert difference.max() <= MAX_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        [CropView(64, ect=Ect(), output="uint8")],
+        [CropView(64, output="uint8"), CropView(32, rotations=True, output="uint8")],
+        [CropView(64, rotations=True, ect=Ect(), augment=Augment(jitter=0.8, grey=0.2, stain=0.5), output="uint8")] * 2,
+    ],
+    ids=["ect", "two views", "augmented"],
+)
+def test_other_views_are_as_close(dataset: Any, views: list[CropView]) -> None:
+    with (
+        open_loader(dataset.path, batch_size_per_rank=8, views=views, backend="dali", device="cuda") as fast,
+        open_loader(dataset.path, batch_size_per_rank=8, views=views, backend="torch", device="cpu") as plain,
+    ):
+        for _ in range(6):
+            for one, other in zip(next(fast).images, next(plain).images, strict=True):
+                assert one.is_contiguous(memory_format=torch.channels_last)
+                # Resizing may round by one more, and jitter stretches a difference.
+                assert (one.cpu().int() - other.int()).abs().float().mean() <= 2 * MEAN_TOLERANCE
 
 
 def test_float_batches_stay_valid_while_later_ones_are_loaded(dataset: Any) -> None:

@@ -53,7 +53,7 @@ def test_windows_lie_inside_the_patch(
     size_px: int, width_px: int, height_px: int, extreme: float, centre: bool
 ) -> None:
     draws = np.concatenate([uniforms(1, np.arange(20), 0, CROP_DRAWS), np.full((1, CROP_DRAWS), extreme)])
-    x0, y0, flip_x, flip_y = crop_windows(CropView(size_px, centre=centre), draws, width_px, height_px)
+    x0, y0, flip_x, flip_y, *_ = crop_windows(CropView(size_px, centre=centre), draws, width_px, height_px)
     assert x0.dtype == y0.dtype == flip_x.dtype == flip_y.dtype == np.int32
     assert x0.min() >= 0
     assert y0.min() >= 0
@@ -64,7 +64,7 @@ def test_windows_lie_inside_the_patch(
 
 def test_every_window_and_flip_occurs_equally_often() -> None:
     windows = crop_windows(CropView(8), uniforms(1, np.arange(12_000), 0, CROP_DRAWS), 10, 10)
-    for field, values in zip(windows, (3, 3, 2, 2), strict=True):
+    for field, values in zip(windows[:4], (3, 3, 2, 2), strict=True):
         counts = np.bincount(field, minlength=values)
         assert len(counts) == values
         assert np.abs(counts / 12_000 - 1 / values).max() < 0.03

@@ -1,0 +1,178 @@
+"""From decoded uint8 pixels to a view's images: resize, turn, and apply what `engine.data.augment` has drawn.
+
+Both decoders end here wherever a view is more than a flipped crop, so that they agree to the bit on the CPU. Per sample
+in threads there: one crop fits into a core's cache, and the passes over a whole batch would not. On a GPU per batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.augment import Changes, Float32
+from engine.data.ect import Int32
+from engine.data.views import CropView, CropWindows
+
+_LOCK = threading.Lock()
+
+
+def empty_images(view: CropView, batch_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return an unfilled tensor [batch_size, 3, size_px, size_px] of the view's dtype and order in memory."""
+    size_px, dtype = view.size_px, view.output
+    shape = (batch_size, size_px, size_px, 3) if view.is_channels_last else (batch_size, 3, size_px, size_px)
+    if device is not None and device.type == "cuda":
+        images = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    else:
+        # numpy asks for huge pages where torch does not: filling new memory is a third of a float view's time without.
+        images = torch.from_numpy(np.empty(shape, dtype))
+    return images.permute(0, 3, 1, 2) if view.is_channels_last else images
+
+
+def finishing_pool(threads: int, name: str) -> ThreadPoolExecutor:
+    """Return a pool in whose threads torch computes on one core each: they are as many as may be used already."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_use_one_core)
+
+
+def finish_sample(
+    view: CropView,
+    pixels: npt.NDArray[np.uint8],
+    windows: CropWindows,
+    changes: Changes,
+    index: int,
+    images: torch.Tensor,
+    *,
+    origin: tuple[int, int] = (0, 0),
+) -> None:
+    """Cut sample number `index` out of its decoded patch and write the finished crop into images[index].
+
+    pixels: uint8[H, W, 3], the patch from `origin` (x, y in px) on. images: as of `empty_images`.
+    """
+    x0, y0 = int(windows.x0[index]) - origin[0], int(windows.y0[index]) - origin[1]
+    crop = pixels[y0 : y0 + int(windows.height[index]), x0 : x0 + int(windows.width[index])]
+    one = slice(index, index + 1)
+    resized = resize(torch.from_numpy(np.ascontiguousarray(crop)), view.size_px)
+    turned = turn(resized[None], CropWindows(*(field[one] for field in windows)))
+    finish(turned, changes_of(changes, one), images[one])
+
+
+def resize(crop: torch.Tensor, size_px: int) -> torch.Tensor:
+    """Resize uint8[H, W, 3] to uint8[size_px, size_px, 3]: linear, antialiased along an axis that shrinks.
+
+    Nothing outside the crop is looked at. The CPU's kernel computes in fixed point.
+    """
+    if crop.shape[:2] == (size_px, size_px):
+        return crop
+    # Unsqueezed first: the strides tell torch that this is channels-last, and what it returns is so too.
+    resized = torch.nn.functional.interpolate(
+        crop[None].permute(0, 3, 1, 2), (size_px, size_px), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized[0].permute(1, 2, 0)
+
+
+def turn(crops: torch.Tensor, windows: CropWindows) -> torch.Tensor:
+    """Transpose and mirror crops [n, S, S, 3] as the windows say."""
+    crops = _where(windows.transpose, crops.transpose(1, 2), crops)
+    crops = _where(windows.flip_x, crops.flip(2), crops) if windows.flip_x.any() else crops
+    return _where(windows.flip_y, crops.flip(1), crops) if windows.flip_y.any() else crops
+
+
+def finish(crops: torch.Tensor, changes: Changes, images: torch.Tensor) -> None:
+    """Write uint8[n, S, S, 3] crops, changed, into images [n, 3, S, S]; both on one device."""
+    if changes.matrix is None:
+        images.copy_(crops.permute(0, 3, 1, 2))
+        return
+    shape = images.shape
+    values = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).view(*shape[:2], -1)
+    if changes.stain is not None:
+        values = _stained(values, changes.stain)
+    in_place = images.dtype == torch.float32 and images.is_contiguous()
+    result = images if in_place else torch.empty(shape, dtype=torch.float32, device=crops.device)
+    _affine(changes.matrix, values, result.view(*shape[:2], -1))
+    if changes.augmented:
+        for channel, (low, high) in enumerate(zip(changes.low, changes.high, strict=True)):
+            result[:, channel].clamp_(low, high)
+    if changes.blur is not None:
+        _blur(result, changes.blur)
+    if changes.solarise is not None:
+        _solarise(result, changes.solarise, changes)
+    if images.dtype == torch.uint8:
+        result.round_()
+    if not in_place:
+        images.copy_(result)
+
+
+def changes_of(changes: Changes, samples: slice) -> Changes:
+    """Return the changes of some of the samples."""
+    chosen = {name: getattr(changes, name) for name in ("matrix", "stain", "blur", "solarise")}
+    return changes._replace(**{name: field[samples] for name, field in chosen.items() if field is not None})
+
+
+def _affine(matrix: Float32, values: torch.Tensor, out: torch.Tensor) -> None:
+    """Write matrix[:, :, :3] @ values + matrix[:, :, 3:] ([n, 3, 4] and [n, 3, pixels]) to `out`."""
+    on_device = torch.from_numpy(matrix).to(values.device)
+    torch.baddbmm(on_device[:, :, 3:], on_device[:, :, :3], values, out=out)  # out=: autocast leaves it in float32
+
+
+def _stained(values: torch.Tensor, stain: Float32) -> torch.Tensor:
+    """Return values (0..255, [n, 3, pixels]) with the optical densities transformed, in 0..255 again."""
+    chosen = ~np.isnan(stain[:, 0, 0])
+    if not chosen.any():
+        return values
+    densities = ((values + 1) / 256).log_().neg_()
+    stained = torch.empty_like(values)
+    _affine(np.nan_to_num(stain), densities, stained)
+    stained = stained.neg_().exp_().mul_(256).sub_(1).clamp_(0, 255)
+    if chosen.all():
+        return stained
+    return torch.where(torch.from_numpy(chosen).to(values.device)[:, None, None], stained, values)
+
+
+def _blur(images: torch.Tensor, weights: Float32) -> None:
+    """Blur [n, 3, S, S] in place, along x and along y; beyond the edge the crop is mirrored."""
+    chosen = np.flatnonzero(weights[:, 0] < 1)
+    if len(chosen) == 0:
+        return
+    where = torch.from_numpy(chosen).to(images.device)
+    taps = torch.from_numpy(weights[chosen]).to(images.device)[:, :, None, None, None]
+    radius = weights.shape[1] - 1
+    blurred = images[where]
+    for axis, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        size = blurred.shape[axis]
+        padded = torch.nn.functional.pad(blurred, padding, mode="reflect")
+        blurred = padded.narrow(axis, radius, size) * taps[:, 0]
+        for step in range(1, radius + 1):
+            pair = padded.narrow(axis, radius - step, size) + padded.narrow(axis, radius + step, size)
+            blurred += pair.mul_(taps[:, step])
+    images[where] = blurred
+
+
+def _solarise(images: torch.Tensor, solarise: npt.NDArray[np.bool_], changes: Changes) -> None:
+    """Invert the upper half of the values, in place, of the crops that are chosen: that is the smaller of both."""
+    if not solarise.any():
+        return
+    mirror = np.where(solarise[:, None], np.array(changes.low) + changes.high, np.inf).astype(np.float32)
+    mirrored = torch.from_numpy(mirror).to(images.device)[:, :, None, None] - images
+    torch.minimum(images, mirrored, out=images)
+
+
+def _where(drawn: Int32, turned: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    if not drawn.any() or drawn.all():
+        return turned if drawn.any() else crops
+    return torch.where(torch.from_numpy(drawn.astype(bool)).to(crops.device)[:, None, None, None], turned, crops)
+
+
+def _use_one_core() -> None:
+    """Make torch single-threaded in this thread alone.
+
+    `set_num_threads` also sets what threads that start later begin with, so a thread that ends at once sets that back.
+    """
+    with _LOCK:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restoring.start()
+        restoring.join()
