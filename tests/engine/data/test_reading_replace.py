@@ -96,7 +96,7 @@ def test_what_does_not_decode_is_replaced_with_its_own_windows(make_dataset: Any
     windows = crop_windows(VIEW, uniforms(SEED, np.arange(24), 0, CROP_DRAWS), 96, 96)
     for position, _, substitute in replaced:  # the position's window, cut from the substitute
         patch = simplejpeg.decode_jpeg(payloads[substitute])
-        x0, y0, flip_x, flip_y = (int(field[position]) for field in windows)
+        x0, y0, flip_x, flip_y = (int(field[position]) for field in windows[:4])
         crop = patch[y0 : y0 + 40, x0 : x0 + 40][:: 1 - 2 * flip_y, :: 1 - 2 * flip_x]
         assert np.array_equal(images[position], crop.transpose(2, 0, 1))
 

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 import torch
 
-from engine.data import Augment, CropView, Ect, SampleStream, open_loader
+from engine.data import Augment, Balance, Blocks, CropView, Ect, SampleStream, open_loader
 from engine.data.draws import uniforms
 from engine.data.views import CROP_DRAWS, crop_windows
 
@@ -123,3 +123,13 @@ def test_impossible_requests_are_refused(regions: Any, dataset: Any) -> None:
         open_regions(regions, "torch", [CropView(40), CropView(40, region="padded")])
     with pytest.raises(ValueError, match="'whole' or 'padded'"):
         CropView(40, region="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"where": "row > 0"}, {"bad_samples": "replace"}, {"locality": Blocks()}, {"balance": Balance("region")}],
+    ids=lambda options: next(iter(options)),
+)
+def test_regions_go_with_no_other_choice_of_rows(options: dict[str, Any], regions: Any, backend: Any) -> None:
+    with pytest.raises(ValueError, match="views of regions take one dataset as it is"):
+        open_regions(regions, backend, [CropView(40, region="padded")], **options)
