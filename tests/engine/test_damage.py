@@ -1,4 +1,4 @@
-"""One flipped bit in each of more than 500 TIFF tiles: what is stored is what an independent decoder sees."""
+"""Damaged slides, among them one with a bit flipped in each of 600 tiles: stored is what another decoder sees."""
 
 from __future__ import annotations
 
@@ -132,3 +132,79 @@ def test_a_damaged_slide_read_after_a_good_one_shows_nothing_of_it(
             expected = independent[row["row"] * 32 + row["col"]]
             assert expected is not None
             assert np.abs(pixels - expected).mean() < 8
+
+
+def tag_value_at(path: Path, name: str, index: int) -> tuple[int, int]:
+    """(where in the file, how many bytes) entry `index` of a tag of level 0 stands."""
+    with tifffile.TiffFile(path) as tiff:
+        page: Any = tiff.pages[0]
+        tag = page.tags[name]
+        width = {3: 2, 4: 4, 16: 8}[int(tag.dtype)]
+        return tag.valueoffset + index * width, width
+
+
+def damaged(slide: Path, out: Path, kind: str) -> None:
+    """`slide` with damage of a kind around the middle of level 0."""
+    data = bytearray(slide.read_bytes())
+    with tifffile.TiffFile(slide) as tiff:
+        page: Any = tiff.pages[0]
+        offsets, lengths = page.dataoffsets, page.databytecounts
+    middle = (2048 // TILE_PX) ** 2 // 2 + 3
+    start, stop = offsets[middle], offsets[middle] + lengths[middle]
+    if kind == "zeroed":
+        data[start:stop] = bytes(stop - start)
+    elif kind == "random":
+        data[start:stop] = np.random.default_rng(0).bytes(stop - start)
+    elif kind.startswith("truncated"):
+        del data[len(data) * int(kind.rsplit(maxsplit=1)[-1]) // 100 :]
+    else:
+        name, value = {
+            "zero length": ("TileByteCounts", 0),
+            "half the length": ("TileByteCounts", lengths[middle] // 2),
+            "a huge length": ("TileByteCounts", 2**31),
+            "another tile's place": ("TileOffsets", offsets[middle - 1]),
+            "a place beyond the end": ("TileOffsets", 2**31),
+            "another subsampling": ("YCbCrSubSampling", 1),
+        }[kind]
+        at, width = tag_value_at(slide, name, 0 if name == "YCbCrSubSampling" else middle)
+        data[at : at + width] = value.to_bytes(width, "little")
+    out.write_bytes(data)
+
+
+KINDS = ["zeroed", "random", "zero length", "truncated at 1", "truncated at 50", "truncated at 99"]
+LIES = ["half the length", "a huge length", "another tile's place", "a place beyond the end", "another subsampling"]
+
+
+@pytest.mark.parametrize("kind", KINDS + LIES)
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+def test_each_kind_of_damage_costs_what_is_damaged_and_nothing_else(
+    kind: str, check: bool, slides: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    (folder / "good.svs").symlink_to(slides / "synth-0001.svs")
+    damaged(slides / "synth-0000.svs", folder / "bad.svs", kind)
+    out = tmp_path / "out"
+    recipe = ShardRecipe(
+        slides=str(folder), out=out, min_tissue=0.0, workers=1, max_bad_fraction=1.0, check_tiles=check
+    )
+    result = shard.run(recipe, local=True)
+    rows = pq.read_table(out / "index.parquet").to_pylist()
+    assert sum(row["slide_id"] == "good" for row in rows) == 64
+    bad = [row for row in rows if row["slide_id"] == "bad"]
+    if result["slides"]["quarantined"]:
+        assert kind == "truncated at 1"
+        assert not bad
+        return
+    assert len(bad) + result["patches"]["quarantined"] == 64
+    # The last hundredth of the file holds the overviews.
+    harmless = kind in ("another tile's place", "another subsampling", "truncated at 99")
+    assert (result["patches"]["quarantined"] > 0) != harmless
+    independent = pil_sees(folder / "bad.svs")
+    for row in bad:
+        with open(out / "shards" / f"{row['shard']}.tar", "rb") as tar:
+            tar.seek(row["offset"])
+            payload = tar.read(row["length"])
+        expected = independent[row["row"] * 8 + row["col"]]
+        assert expected is not None
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(payload)).convert("RGB")), expected)
