@@ -64,12 +64,6 @@ class Parts:
     end: int
 
 
-def standalone(tile: bytes, header: TileHeader, *, width_px: int, height_px: int) -> bytes:
-    """The tile as a JPEG stream of its own; see `split`, which says more."""
-    parts = split(tile, header, width_px=width_px, height_px=height_px)
-    return parts.head + tile[parts.start : parts.end]
-
-
 def split(tile: bytes, header: TileHeader, *, width_px: int, height_px: int) -> Parts:
     """Where the tile's scan lies, and what has to precede it in a stream of its own.
 

@@ -94,11 +94,6 @@ def _octal(values: npt.NDArray[np.uint64], shifts: npt.NDArray[np.uint64]) -> By
     return (((values[:, None] >> shifts) & np.uint64(7)) + np.uint64(ord("0"))).astype(np.uint8)
 
 
-def padding_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Zeros after each payload, up to the next block."""
-    return -lengths % BLOCK
-
-
 def write_members(descriptor: int, headers: ByteArray, payloads: Sequence[Payload]) -> None:
     """Append members to a tar; a payload is given in two parts."""
     block = memoryview(headers.tobytes())

@@ -17,7 +17,7 @@ import tifffile
 from cucim.clara import CuImage
 from PIL import Image
 
-from sharding.jpeg import NotCopyableError, standalone, tile_header
+from sharding.jpeg import NotCopyableError, TileHeader, split, tile_header
 from sharding.synth import SlideSpec, paint_slide
 
 VARIANTS = [
@@ -27,6 +27,12 @@ VARIANTS = [
     (240, "4:2:0", "ycbcr"),
     (240, "4:4:4", "rgb"),
 ]
+
+
+def standalone(tile: bytes, header: TileHeader, *, width_px: int, height_px: int) -> bytes:
+    """The whole stream: what precedes the scan, then the tile's own bytes."""
+    parts = split(tile, header, width_px=width_px, height_px=height_px)
+    return parts.head + tile[parts.start : parts.end]
 
 
 def _patches(dataset: Path, record: Any) -> list[tuple[dict[str, Any], bytes]]:
