@@ -46,8 +46,5 @@ def encode_patch(pixels: Pixels, quality: int, *, optimize: bool = False) -> byt
     `optimize` makes Huffman tables of the patch's own: fewer bytes of the same pixels, for nearly twice the time.
     """
     # Not simplejpeg: its encoder takes libjpeg's fast, less accurate DCT below quality 96, whatever it is asked for.
-    return bytes(
-        imagecodecs.jpeg8_encode(
-            pixels, level=quality, colorspace="RGB", outcolorspace="YCBCR", subsampling="444", optimize=optimize
-        )
-    )
+    # YCbCr is libjpeg's own choice for RGB pixels; to name the colour spaces takes time and gives the same bytes.
+    return bytes(imagecodecs.jpeg8_encode(pixels, level=quality, subsampling="444", optimize=optimize))
