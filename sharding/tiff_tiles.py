@@ -161,10 +161,12 @@ class TiffTiles:
 
     def is_absent(self, level: int, column: int, row: int) -> bool:
         """Whether the writer left this tile out: background, in every format but Aperio's, which leaves nothing out."""
+        if not self._may_be_sparse:
+            return False
         page = self._levels[level]
         index = row * page.columns + column
         known = index < len(page.offsets) and index < len(page.lengths)
-        return known and self._may_be_sparse and page.offsets[index] == page.lengths[index] == 0
+        return known and page.offsets[index] == page.lengths[index] == 0
 
     def codec(self, level: int) -> Codec:
         """Who decodes the level's tiles."""
@@ -238,18 +240,20 @@ class TiffTiles:
         whole = not (x1 % width or y1 % height or x2 % width or y2 % height)
         if whole and len(columns) == len(rows) == 1:
             return self._decode(level, columns[0], rows[0], factor)
+        pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
+        if whole and not overlapping:
+            for top, row in zip(range(0, y2 - y1, height), rows, strict=True):
+                for left, column in zip(range(0, x2 - x1, width), columns, strict=True):
+                    pixels[top : top + height, left : left + width] = self._decode(level, column, row, factor)
+            return pixels
         # The next row of windows meets all but the first of these rows of tiles again. No more is kept than that and
         # the row that is being filled: memory that goes round is faster than new memory.
         keep_bytes = min(_CACHE_BYTES, (len(rows) + 1) * page.columns * width * height * 3)
-        pixels = np.empty((y2 - y1, x2 - x1, 3), np.uint8)
         for row in rows:
             top = row * height
             ya, yb = max(y1, top), min(y2, top + height)
             for column in columns:
                 left = column * width
-                if whole and not overlapping:
-                    pixels[top - y1 : yb - y1, left - x1 : left - x1 + width] = self._decode(level, column, row, factor)
-                    continue
                 xa, xb = max(x1, left), min(x2, left + width)
                 tile = self._tile(level, column, row, factor, keep_bytes)
                 pixels[ya - y1 : yb - y1, xa - x1 : xb - x1] = tile[ya - top : yb - top, xa - left : xb - left]
@@ -309,7 +313,7 @@ class TiffTiles:
         """The tile as a stream to be decoded."""
         for beginning, head in page.known:
             if data.startswith(beginning):
-                return head + data[len(beginning) :]
+                return b"".join((head, memoryview(data)[len(beginning) :]))
         parts = self._split(page, data)
         return parts.head + data[parts.start : parts.end]
 
