@@ -23,7 +23,7 @@ from models.objectives.hmr import (
     normalise_targets,
     pixel_targets,
 )
-from models.vittm import HMRBlock, LinearCrossAttention, ViTTMHMR
+from models.vittm_hmr import HMRBlock, LinearCrossAttention, ViTTMHMR
 
 PARITY = Path(__file__).parents[2] / "../shared/parity"
 TINY: dict[str, Any] = {"img_size": 128, "memory_patch": 8, "process_patch": 32, "dim": 64, "depth": 2, "heads": 4}
@@ -142,7 +142,7 @@ def test_hidden_tokens_know_their_position_only_when_repaired(preset: str, ident
     model = build(preset=preset, **SMALL).eval()
     noise = torch.rand(2, model.config.num_process)
     with torch.no_grad():
-        tokens = model._run_blocks(model._process_tokens(stained(2, 64), masked_tokens(noise, 0.75)))
+        tokens = model._encode(stained(2, 64), masked_tokens(noise, 0.75))
     hidden = tokens[0][masked_tokens(noise, 0.75)[0]]
     assert len(hidden) == 12
     spread = float((hidden - hidden[0]).abs().max())
