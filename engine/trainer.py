@@ -75,6 +75,8 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if hasattr(model, "after_step"):
+                model.after_step(step + 1, recipe.steps)
             log.step(step + 1, means if logged else {}, rate, loader.seen, waited, time.monotonic() - began)
             if saved:
                 _save(recipe, runtime, step + 1, model, optimizer, loader)
