@@ -65,9 +65,15 @@ class ViTTMTrunk(nn.Module):
         self.read_norm = nn.ModuleList(LayerNorm(dim) for _ in range(config.depth))
         self.read_head = self._heads(num_process)
         self.read_fusion = nn.ModuleList(Fusion(config.fusion, dim, num_process) for _ in range(config.depth))
-        drop_path = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.mlp_ratio, qkv_bias=True, drop_path=drop_path[layer], norm_layer=LayerNorm)
+            Block(
+                dim,
+                config.heads,
+                config.mlp_ratio,
+                qkv_bias=True,
+                drop_path=config.drop_path * layer / max(1, config.depth - 1),
+                norm_layer=LayerNorm,
+            )
             for layer in range(config.depth)
         )
         self.write_norm = nn.ModuleList(LayerNorm(dim) for _ in range(config.depth))
