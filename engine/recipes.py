@@ -187,7 +187,7 @@ def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
         if key not in known:
             raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
     recipe = build(TrainRecipe, values)
-    config = build(MODEL_CONFIGS[name], options, prefix="model.")
+    config: Any = build(MODEL_CONFIGS[name], options, prefix="model.")
     if not hasattr(config, "num_noise"):
         raise UsageError(f"model.name={name}: engine train has no objective for it; it masks images and predicts them.")
     tokens = config.num_process

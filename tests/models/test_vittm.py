@@ -258,8 +258,11 @@ def test_images_of_other_sizes_get_resampled_positions(sides: tuple[int, int]) -
         model.memory_pos_embed.fill_(0.5)
         model.process_pos_embed.zero_()
     memory, process = model.embed(torch.zeros(1, 3, *sides))
-    assert torch.allclose(memory, (model.memory_embedder.proj.bias + 0.5).expand_as(memory), atol=1e-6)
-    assert torch.allclose(process, model.process_embedder.proj.bias.expand_as(process), atol=1e-6)
+    memory_bias, process_bias = model.memory_embedder.proj.bias, model.process_embedder.proj.bias
+    assert memory_bias is not None
+    assert process_bias is not None
+    assert torch.allclose(memory, (memory_bias + 0.5).expand_as(memory), atol=1e-6)
+    assert torch.allclose(process, process_bias.expand_as(process), atol=1e-6)
 
 
 def test_drop_path_grows_with_depth() -> None:

@@ -86,7 +86,7 @@ def test_bf16_features_point_where_float32_features_do(name: str, config: dict[s
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
 def test_a_compiled_model_gives_the_same_numbers_and_gradients(name: str) -> None:
     plain, model = build(name, **SMALL[name]), build(name, **SMALL[name])
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
     left, right = loss(plain, name), loss(compiled, name)
     assert right.item() == pytest.approx(left.item(), abs=1e-5)
     left.backward()

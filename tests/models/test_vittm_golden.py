@@ -85,4 +85,4 @@ def test_outputs_and_gradients_are_what_they_were(instance: str) -> None:
 if __name__ == "__main__":
     arrays = {f"{instance}/{key}": value for instance in INSTANCES for key, value in measure(instance).items()}
     GOLDEN.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(GOLDEN, **arrays)
