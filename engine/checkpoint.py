@@ -25,7 +25,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any
     folder = run / "checkpoints" / f"step-{step:08d}"
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
-    weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+    # A copy each: safetensors refuses tensors that share memory, such as one parameter under two keys.
+    weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in model.state_dict().items()}
     save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
     torch.save(state, temporary / _STATE)
     for name in (_WEIGHTS, _STATE):

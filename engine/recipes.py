@@ -187,9 +187,11 @@ def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
         if key not in known:
             raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
     recipe = build(TrainRecipe, values)
-    config = build(MODEL_CONFIGS[name], options, prefix="model.")
-    tokens = getattr(config, "num_process", None)
-    if tokens is not None and int(tokens * (1 - recipe.mask_ratio)) < 1:
+    config: Any = build(MODEL_CONFIGS[name], options, prefix="model.")
+    if not hasattr(config, "num_noise"):
+        raise UsageError(f"model.name={name}: engine train has no objective for it; it masks images and predicts them.")
+    tokens = config.num_process
+    if int(tokens * (1 - recipe.mask_ratio)) < 1:
         raise UsageError(f"mask_ratio={recipe.mask_ratio:g} leaves none of {tokens} process tokens visible; lower it.")
     resolved = {"name": name, **config.model_dump(mode="json")}
     return recipe.model_copy(update={"model": resolved})

@@ -181,11 +181,11 @@ def _hmr_objective(recipe: TrainRecipe, model: Any) -> Any:
 
     from engine.data.draws import uniforms
 
-    tokens = model.config.num_process
+    numbers = model.config.num_noise
 
     def objective(parallel: Any, batch: Any, positions: Any) -> dict[str, torch.Tensor]:
         images = batch.images[0]
-        draws = uniforms(recipe.seed, positions, _MASK_DRAWS, tokens)
+        draws = uniforms(recipe.seed, positions, _MASK_DRAWS, numbers)
         noise = torch.from_numpy(draws).to(images.device, torch.float32)
         values = parallel(images, mask_ratio=recipe.mask_ratio, noise=noise)
         return {name: value for name, value in values.items() if value.ndim == 0}

@@ -50,6 +50,8 @@ def train(
     if runtime.world_size > 1 and start < recipe.steps:
         _settle_buckets(parallel, objective, loader, recipe, runtime)
     model.train()
+    # Not every model has one: whatever follows the weights without gradients, such as a teacher, moves here.
+    after_step: Callable[[int, int], None] | None = getattr(model, "after_step", None)
     steps = range(start, recipe.steps)
     with _Log(recipe, runtime, start) as log:
         for step in steps:
@@ -75,6 +77,8 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if after_step is not None:
+                after_step(step + 1, recipe.steps)
             log.step(step + 1, means if logged else {}, rate, loader.seen, waited, time.monotonic() - began)
             if saved:
                 _save(recipe, runtime, step + 1, model, optimizer, loader)

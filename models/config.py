@@ -1,4 +1,4 @@
-"""Typed model configs, one class per model. No torch here: recipes are checked before anything heavy is imported.
+"""All models by name, each with a typed config. No torch here: recipes are checked before anything heavy is imported.
 
 A config class names the module that implements it (`model_class`), so that `MODEL_CONFIGS` is the only list of models.
 """
@@ -6,155 +6,25 @@ A config class names the module that implements it (`model_class`), so that `MOD
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from models.model_config import ModelConfig, nearest
+from models.vittm_config import ViTTMConfig, ViTTMHMRConfig, ViTTMMAEConfig
 
-
-def nearest(word: str, known: list[str]) -> str:
-    """Half a sentence for an error message: the known word closest to `word`, and all the known ones."""
-    close = get_close_matches(word, known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(sorted(known))}"
-
-
-class ModelConfig(BaseModel):
-    """A frozen model config; an unknown setting is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_class: ClassVar[str]  # "module:Class"; Class(config) is the model
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_settings(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for key in values:
-                if key not in cls.model_fields:
-                    known = list(cls.model_fields)
-                    raise ValueError(f"{cls.__name__} has no setting {key!r}; {nearest(str(key), known)}")
-        return values
-
-
-class ViTTMHMRConfig(ModelConfig):
-    """ViTTM with hierarchical masked reconstruction (vittm-hmr, commit 2761a40), as published or repaired.
-
-    `preset="original"` reproduces the published model with its defects and its state-dict keys. `"repaired"` mends
-    them; `models/vittm.py` lists the differences. Fields whose default is None depend on the preset or on the sizes:
-    the `resolved_*` properties say what they become.
-    """
-
-    model_class: ClassVar[str] = "models.vittm:ViTTMHMR"
-
-    preset: Literal["repaired", "original"] = Field(
-        default="repaired", description="'original' reproduces vittm-hmr bug for bug; 'repaired' mends its defects."
-    )
-    img_size: int = Field(default=256, gt=0, description="Side of the square input image, in pixels.")
-    memory_patch: int = Field(
-        default=16, gt=0, description="Side of one reconstruction target in the image, in pixels."
-    )
-    process_patch: int = Field(
-        default=64, gt=0, description="Side of the field one process token covers, in image pixels."
-    )
-    dim: int = Field(
-        default=384, gt=0, description="Width of both token streams; a multiple of 32 (GroupNorm) and of heads."
-    )
-    depth: int = Field(default=6, gt=0, description="Number of read-compute-write blocks.")
-    heads: int = Field(default=6, gt=0, description="Attention heads of READ, COMPUTE and WRITE.")
-    mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of the MLPs over `dim`.")
-    slots: int | None = Field(
-        default=None,
-        gt=0,
-        description="Memory slots. null: one per target, (img_size/memory_patch)^2; original: always 256.",
-    )
-    target: Literal["random_projection", "pixels"] = Field(
-        default="random_projection",
-        description="What is predicted for each memory patch of the full-resolution image: a frozen random linear "
-        "projection to `dim` numbers, or its pixels.",
-    )
-    target_norm: Literal["image", "batch", "patch", "none"] | None = Field(
-        default=None,
-        description="Over what a target is standardised. batch: each channel over all positions of the batch (of this "
-        "rank); image: each channel over the positions of its own image; patch: each target over its own channels; "
-        "none. null: batch for random_projection, patch for pixels, none for the original.",
-    )
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> ViTTMHMRConfig:
-        for name in ("memory_patch", "process_patch"):
-            patch = getattr(self, name)
-            if self.img_size % patch:
-                raise ValueError(f"img_size must be a multiple of {name}: found {self.img_size} and {patch}")
-        if self.process_patch % self.memory_patch:
-            raise ValueError(
-                "process_patch must be a multiple of memory_patch, because each process token predicts whole memory "
-                f"patches: found {self.process_patch} and {self.memory_patch}"
-            )
-        if self.dim % self.heads:
-            raise ValueError(f"dim must be a multiple of heads: found {self.dim} and {self.heads}")
-        if self.dim % 32:
-            raise ValueError(f"dim must be a multiple of 32, the groups of the decoder's GroupNorm: found {self.dim}")
-        if self.mlp_ratio * self.dim != int(self.mlp_ratio * self.dim):
-            raise ValueError(f"mlp_ratio * dim must be whole: found {self.mlp_ratio} * {self.dim}")
-        if self.preset == "original":
-            self._check_original()
-        return self
-
-    def _check_original(self) -> None:
-        found_and_fixed = {
-            "slots": (self.slots, 256),
-            "target": (self.target, "random_projection"),
-            "target_norm": (self.target_norm, "none"),
-        }
-        for name, (found, fixed) in found_and_fixed.items():
-            if found not in (None, fixed):
-                raise ValueError(f"preset='original' fixes {name} at {fixed!r}: found {found!r}; use preset='repaired'")
-
-    @property
-    def ratio(self) -> int:
-        """Memory patches along the side of one process patch."""
-        return self.process_patch // self.memory_patch
-
-    @property
-    def process_grid(self) -> int:
-        """Process tokens along one side of the image."""
-        return self.img_size // self.process_patch
-
-    @property
-    def num_process(self) -> int:
-        """N, process tokens of an image."""
-        return self.process_grid**2
-
-    @property
-    def num_targets(self) -> int:
-        """T, memory patches (= reconstruction targets) of an image."""
-        return (self.img_size // self.memory_patch) ** 2
-
-    @property
-    def target_dim(self) -> int:
-        """C, numbers per target."""
-        return self.dim if self.target == "random_projection" else 3 * self.memory_patch**2
-
-    @property
-    def resolved_slots(self) -> int:
-        """M, memory slots."""
-        if self.preset == "original":
-            return 256
-        return self.num_targets if self.slots is None else self.slots
-
-    @property
-    def resolved_target_norm(self) -> Literal["image", "batch", "patch", "none"]:
-        """`target_norm` with None replaced by the rule in its description."""
-        if self.target_norm is not None:
-            return self.target_norm
-        if self.preset == "original":
-            return "none"
-        return "batch" if self.target == "random_projection" else "patch"
-
+__all__ = [
+    "MODEL_CONFIGS",
+    "ModelConfig",
+    "ViTTMConfig",
+    "ViTTMHMRConfig",
+    "ViTTMMAEConfig",
+    "nearest",
+    "resolve_config",
+]
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
+    "vittm": ViTTMConfig,
     "vittm_hmr": ViTTMHMRConfig,
+    "vittm_mae": ViTTMMAEConfig,
 }
 
 

@@ -1,275 +1,188 @@
-"""ViTTM-HMR: a vision transformer token Turing machine trained by hierarchical masked reconstruction.
+"""ViTTM: a vision transformer token Turing machine with two token streams, both made from the image.
 
-A few process tokens (coarse patches of the image) compute; many memory slots are read and rewritten in every block.
-The process tokens then predict a target for each fine patch of the image.
+Process tokens compute in transformer blocks; memory tokens are read before and written after each block, and are not
+processed themselves. Supervised, with a classifier on each stream.
 
-Sources: ViTTM (arXiv 2409.07613); vittm-hmr (MIT), commit 2761a40. `preset="original"` reproduces the latter, under its
-state-dict keys, with its defects. The default mends them:
+Source: ViTTM (arXiv 2409.07613) and its released code (MIT), commit 87898a3, under its state-dict keys. In each layer
+the read norm, then the write norm, is applied to both streams with the same weights, and replaces them: the residual
+goes on from the normalised tokens. LayerNorms have eps 1e-6 (timm's), those within heads and memory MLPs 1e-5.
 
-    original                                              repaired
-    masked tokens lose their position: all their          the position is added after masking
-      predictions in an image are identical
-    the last block writes a memory nobody reads and the   no last write, and a frozen target projection: every
-      target projection asks for gradients: plain DDP       trainable parameter gets a gradient in every step, so
-      stops at step two                                     plain DDP works
-    loss over all positions on raw targets, where a       loss on masked positions, standardised targets, and the score
-      constant reaches cosine 0.98                          of the best constants is returned next to it
-    process tokens see the full-resolution image          they see it area-averaged by `ratio`: 64 px fields as 16 x 16
-    256 memory slots whatever the sizes                   one slot per target, or as configured
-    READ and WRITE take raw keys and values               keys and values are layer-normalised
+Released weights hold parameters that no output depends on: the class token, position table and patch embedding of the
+ViT the code grew from, and an output projection in each `lin` head. They are here, and frozen, so that plain DDP
+works. Where memory patches are as large as that ViT's, its embedding is the memory's, under both keys.
 
-Both presets compute the feature map, the normaliser and the loss in float32 under autocast; SDPA's softmax and
-LayerNorm accumulate in float32 by themselves.
-
-Shapes: B images, N process tokens, M memory slots, T targets, D dim, C numbers per target; Q and S are the tokens that
-ask and the tokens that answer in an attention, H heads of E = D/H. Grids are row-major.
+Shapes: B images, M memory tokens, N process tokens, D dim, K classes. Grids are row-major.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
+from timm.layers import LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from models.config import ViTTMHMRConfig
-from models.objectives.hmr import (
-    constant_cosine,
-    masked_targets,
-    masked_tokens,
-    negative_cosine,
-    normalise_targets,
-    num_visible,
-    pixel_targets,
-)
+from models.vittm_config import ViTTMConfig, ViTTMTrunkConfig
+from models.vittm_heads import Fusion, read_write_head
+
+_VIT_PATCH = 16
 
 
-class LinearCrossAttention(nn.Module):
-    """Cross attention with the feature map phi(t) = elu(t) + 1 instead of a softmax: linear in both token counts.
+class MemoryMLP(nn.Module):
+    """A residual MLP on memory tokens, [B, M, D] to [B, M, D]."""
 
-    out_q = phi(q) [sum_s phi(k_s) v_s^T] / (phi(q) . sum_s phi(k_s) + 1e-6), per head; then a projection.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, query_BQD: Tensor, source_BSD: Tensor) -> Tensor:
-        """[B, Q, D] asks [B, S, D]; returns [B, Q, D]."""
-        q_BHQE, k_BHSE, v_BHSE = (
-            rearrange(x, "b t (h e) -> b h t e", h=self.heads)
-            for x in (self.q_proj(query_BQD), self.k_proj(source_BSD), self.v_proj(source_BSD))
-        )
-        # Sums over hundreds of tokens divided by each other: bf16 loses the small terms and fp16 the 1e-6.
-        with torch.autocast(device_type=query_BQD.device.type, enabled=False):
-            q_BHQE = F.elu(q_BHQE.float()) + 1.0
-            k_BHSE = F.elu(k_BHSE.float()) + 1.0
-            state_BHEE = k_BHSE.transpose(-2, -1) @ v_BHSE.float()
-            total_BHE1 = k_BHSE.sum(dim=2).unsqueeze(-1)
-            out_BHQE = (q_BHQE @ state_BHEE) / (q_BHQE @ total_BHE1 + 1e-6)
-        return self.out_proj(rearrange(out_BHQE, "b h q e -> b q (h e)"))
+    def forward(self, memory_BMD: Tensor) -> Tensor:
+        """Renewed memory."""
+        return memory_BMD + self.mlp(self.norm(memory_BMD))
 
 
-class SelfAttention(nn.Module):
-    """Softmax self-attention with the parameter names and initial values of nn.MultiheadAttention."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
-        qkv_BNX = F.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
-        q_BHNE, k_BHNE, v_BHNE = rearrange(qkv_BNX, "b n (three h e) -> three b h n e", three=3, h=self.heads)
-        out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
-        return self.out_proj(rearrange(out_BHNE, "b h n e -> b n (h e)"))
-
-
-def _mlp(dim: int, mlp_ratio: float) -> nn.Sequential:
-    hidden = int(dim * mlp_ratio)
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-
-class HMRBlock(nn.Module):
-    """READ memory into the process tokens, COMPUTE on them, WRITE back; all residual, pre-norm, no dropout.
+class ViTTMTrunk(nn.Module):
+    """Images to two streams of tokens, and the layers that run on them.
 
     Args:
-        normalise_source: layer-normalise what READ and WRITE take keys and values from (the original does not).
-        writes: False for a block whose memory nobody reads: it has no write and no memory MLP and returns memory as is.
+        config: sizes and kinds of the parts.
+        vit_rest: have the unused rest of a ViT that released weights hold.
     """
 
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float = 4.0, *, normalise_source: bool = False, writes: bool = True
-    ) -> None:
-        super().__init__()
-        self.writes = writes
-        self.norm_read = nn.LayerNorm(dim)
-        self.norm_read_source = nn.LayerNorm(dim) if normalise_source else nn.Identity()
-        self.read_attn = LinearCrossAttention(dim, heads)
-        self.norm_proc = nn.LayerNorm(dim)
-        self.proc_attn = SelfAttention(dim, heads)
-        self.norm_mlp_p = nn.LayerNorm(dim)
-        self.mlp_process = _mlp(dim, mlp_ratio)
-        if writes:
-            self.norm_write = nn.LayerNorm(dim)
-            self.norm_write_source = nn.LayerNorm(dim) if normalise_source else nn.Identity()
-            self.write_attn = LinearCrossAttention(dim, heads)
-            self.norm_mlp_m = nn.LayerNorm(dim)
-            self.mlp_memory = _mlp(dim, mlp_ratio)
-
-    def forward(self, process_BND: Tensor, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """Process tokens [B, N, D] and memory [B, M, D], both renewed."""
-        process_BND = process_BND + self.read_attn(self.norm_read(process_BND), self.norm_read_source(memory_BMD))
-        process_BND = process_BND + self.proc_attn(self.norm_proc(process_BND))
-        process_BND = process_BND + self.mlp_process(self.norm_mlp_p(process_BND))
-        if self.writes:
-            memory_BMD = memory_BMD + self.write_attn(self.norm_write(memory_BMD), self.norm_write_source(process_BND))
-            memory_BMD = memory_BMD + self.mlp_memory(self.norm_mlp_m(memory_BMD))
-        return process_BND, memory_BMD
-
-
-class ViTTMHMR(nn.Module):
-    """The model, built from its config; see the head of this file for the two presets."""
-
-    def __init__(self, config: ViTTMHMRConfig) -> None:
+    def __init__(self, config: ViTTMTrunkConfig, *, vit_rest: bool) -> None:
         super().__init__()
         self.config = config
-        self.original = config.preset == "original"
-        dim = config.dim
-        self.memory_bank = nn.Parameter(torch.randn(1, config.resolved_slots, dim) * 0.02)
-        self.process_pos_embed = nn.Parameter(torch.zeros(1, config.num_process, dim))
-        self.process_mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if config.target == "random_projection":
-            self.target_embed = nn.Conv2d(3, dim, config.memory_patch, config.memory_patch, bias=self.original)
-            self.target_embed.requires_grad_(self.original)  # it never learns; the original asks for gradients anyway
-        # The repaired process view is `ratio` times smaller, so that a process patch is memory_patch pixels wide in it.
-        view_patch = config.process_patch if self.original else config.memory_patch
-        self.process_embed = nn.Conv2d(3, dim, view_patch, view_patch)
+        dim, num_memory, num_process = config.dim, config.num_memory, config.num_process
+        if vit_rest:
+            num_vit = (config.img_size // _VIT_PATCH) ** 2
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=False)
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_vit + 1, dim), requires_grad=False)
+            shared = config.memory_patch == _VIT_PATCH
+            self.patch_embed = _patch_embed(_VIT_PATCH, dim).requires_grad_(shared)
+        self.memory_embedder = self.patch_embed if vit_rest and shared else _patch_embed(config.memory_patch, dim)
+        self.process_embedder = _patch_embed(config.process_patch, dim)
+        self.memory_pos_embed = nn.Parameter(torch.empty(1, num_memory, dim))
+        self.process_pos_embed = nn.Parameter(torch.empty(1, num_process, dim))
+        self.read_norm = nn.ModuleList(LayerNorm(dim) for _ in range(config.depth))
+        self.read_head = self._heads(num_process)
+        self.read_fusion = nn.ModuleList(Fusion(config.fusion, dim, num_process) for _ in range(config.depth))
         self.blocks = nn.ModuleList(
-            HMRBlock(
+            Block(
                 dim,
                 config.heads,
                 config.mlp_ratio,
-                normalise_source=not self.original,
-                writes=self.original or layer < config.depth - 1,
+                qkv_bias=True,
+                drop_path=config.drop_path * layer / max(1, config.depth - 1),
+                norm_layer=LayerNorm,
             )
             for layer in range(config.depth)
         )
-        self.norm = nn.LayerNorm(dim)
-        self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(dim, dim, config.ratio, config.ratio),
-            nn.GroupNorm(32, dim),
-            nn.GELU(),
-            nn.Conv2d(dim, config.target_dim, 1),
+        self.write_norm = nn.ModuleList(LayerNorm(dim) for _ in range(config.depth))
+        self.write_head = self._heads(num_memory)
+        self.write_fusion = nn.ModuleList(Fusion(config.fusion, dim, num_memory) for _ in range(config.depth))
+        self.mem_blocks = nn.ModuleList(
+            MemoryMLP(dim, config.memory_mlp_ratio) if config.memory_mlp_ratio else nn.Identity()
+            for _ in range(config.depth)
         )
-        self._init_weights()
-
-    def _init_weights(self) -> None:
+        self.process_norm = LayerNorm(dim)
+        nn.init.trunc_normal_(self.memory_pos_embed, std=0.02)
         nn.init.trunc_normal_(self.process_pos_embed, std=0.02)
-        if self.original:
-            for embed in (self.target_embed, self.process_embed):
-                nn.init.kaiming_normal_(embed.weight, mode="fan_out", nonlinearity="relu")
-            return
-        if self.config.target == "random_projection":
-            nn.init.normal_(self.target_embed.weight, std=(3 * self.config.memory_patch**2) ** -0.5)
-        nn.init.xavier_uniform_(self.process_embed.weight.flatten(1))
-        nn.init.zeros_(self.process_embed.bias)  # type: ignore[arg-type]
+        self.apply(init_linear)
 
-    def forward(self, images: Tensor, *, mask_ratio: float = 0.75, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """Hide a share of the process tokens and predict the targets of the full-resolution image.
+    def _heads(self, num_query: int) -> nn.ModuleList:
+        config = self.config
+        sizes = {"dim": config.dim, "heads": config.heads, "latent_dim": config.latent_dim, "num_query": num_query}
+        return nn.ModuleList(read_write_head(config.read_write, **sizes) for _ in range(config.depth))
 
-        Args:
-            images: float [B, 3, img_size, img_size], normalised.
-            mask_ratio: share of process tokens to hide, in [0, 1).
-            noise: float [B, N] on the images' device; the int(N * (1 - mask_ratio)) tokens of smallest noise stay
-                visible. None draws it from torch's global generator: a trainer that must resume passes its own.
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to memory tokens [B, M, D] and process tokens [B, N, D], with their positions.
 
-        Returns:
-            loss: float32 scalar, minus the mean cosine, over hidden positions (repaired, when any is hidden) or all.
-            prediction: float32 [B, T, C], row-major, T = (img_size/memory_patch)^2.
-            target: float32 [B, T, C], without gradient.
-            constant_cosine, image_constant_cosine: float32 scalars without gradient, the cosine that the best constant
-                (for the batch, for each image) reaches at the same positions. Compare with -loss.
+        Position tables are resampled (bicubic) for images of another size than img_size.
 
         Raises:
-            ValueError: images or noise of another shape; a mask_ratio outside [0, 1) or that hides every token.
+            ValueError: the sides are no multiples of both patches, or not img_size where a part needs that.
         """
-        self._check_images(images)
-        expected = (len(images), self.config.num_process)
-        if noise is None:
-            noise = torch.rand(expected, device=images.device)
-        elif tuple(noise.shape) != expected:
-            raise ValueError(f"noise must have shape {expected} (images, process tokens): found {tuple(noise.shape)}")
-        hidden_BN = masked_tokens(noise, mask_ratio)
-        process_BND = self._run_blocks(self._process_tokens(images, hidden_BN))
-        prediction_BTC = self._decode(process_BND)
-        target_BTC = self._targets(images)
-        on_all = self.original or num_visible(self.config.num_process, mask_ratio) == self.config.num_process
-        where_BT = None if on_all else masked_targets(hidden_BN, self.config.ratio)
+        config = self.config
+        sides = tuple(images.shape[2:])
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [B, 3, H, W]: found {list(images.shape)}")
+        if config.fixed_counts and sides != (config.img_size, config.img_size):
+            raise ValueError(
+                f"read_write={config.read_write!r} with fusion={config.fusion!r} is made for images of "
+                f"{config.img_size} x {config.img_size} px (img_size): found {list(images.shape)}"
+            )
+        if any(side % patch or not side for side in sides for patch in (config.memory_patch, config.process_patch)):
+            raise ValueError(
+                f"height and width must be multiples of memory_patch and process_patch, {config.memory_patch} and "
+                f"{config.process_patch} px: found {list(images.shape)}"
+            )
+        memory_BMD = self.memory_embedder(images) + _positions(self.memory_pos_embed, sides, config.memory_patch)
+        process_BND = self.process_embedder(images) + _positions(self.process_pos_embed, sides, config.process_patch)
+        return memory_BMD, process_BND
+
+    def run(self, memory_BMD: Tensor, process_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory [B, M, D] and process tokens [B, N, D] through all layers; only the latter have a final norm."""
+        for layer, block in enumerate(self.blocks):
+            read_norm, write_norm = self.read_norm[layer], self.write_norm[layer]
+            memory_BMD, process_BND = read_norm(memory_BMD), read_norm(process_BND)
+            read_BND = self.read_head[layer](process_BND, memory_BMD)
+            process_BND = block(self.read_fusion[layer](read_BND, process_BND))
+            memory_BMD, process_BND = write_norm(memory_BMD), write_norm(process_BND)
+            written_BMD = self.write_head[layer](memory_BMD, process_BND)
+            memory_BMD = self.mem_blocks[layer](self.write_fusion[layer](written_BMD, memory_BMD))
+        return memory_BMD, self.process_norm(process_BND)
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to final memory [B, M, D] and process tokens [B, N, D], row-major; see `embed`."""
+        return self.run(*self.embed(images))
+
+
+class ViTTM(ViTTMTrunk):
+    """The paper's classifier. `models.objectives.two_heads.two_head_loss` is its loss."""
+
+    def __init__(self, config: ViTTMConfig) -> None:
+        super().__init__(config, vit_rest=True)
+        self.fc_norm = LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.n_classes)
+        self.fc_norm_process = LayerNorm(config.dim)
+        self.process_head = nn.Linear(config.dim, config.n_classes)
+        for head in (self.head, self.process_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Classify images with either stream.
+
+        Args:
+            images: float [B, 3, H, W], normalised; H and W are multiples of both patches.
+
+        Returns:
+            memory_logits, process_logits: [B, K] each.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        memory_BMD, process_BND = self.tokens(images)
         return {
-            "loss": negative_cosine(prediction_BTC, target_BTC, where_BT),
-            "prediction": prediction_BTC,
-            "target": target_BTC,
-            "constant_cosine": constant_cosine(target_BTC, where_BT),
-            "image_constant_cosine": constant_cosine(target_BTC, where_BT, per="image"),
+            "memory_logits": self.head(self.fc_norm(memory_BMD.mean(dim=1))),
+            "process_logits": self.process_head(self.fc_norm_process(process_BND.mean(dim=1))),
         }
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of whole images, nothing hidden: the mean of the normalised process tokens.
+        """What the process classifier sees: the normalised mean of the process tokens, float [B, D]."""
+        return self.fc_norm_process(self.tokens(images)[1].mean(dim=1))
 
-        Args:
-            images: float [B, 3, img_size, img_size], normalised as in training.
 
-        Returns:
-            float [B, D].
-        """
-        self._check_images(images)
-        return self._run_blocks(self._process_tokens(images, None)).mean(dim=1)
+def _patch_embed(patch_px: int, dim: int) -> PatchEmbed:
+    return PatchEmbed(img_size=None, patch_size=patch_px, embed_dim=dim)
 
-    def _check_images(self, images: Tensor) -> None:
-        side = self.config.img_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise ValueError(f"images must have shape [B, 3, {side}, {side}] (img_size): found {list(images.shape)}")
 
-    def _process_tokens(self, images: Tensor, hidden_BN: Tensor | None) -> Tensor:
-        """Process tokens [B, N, D] with positions; hidden ones hold the mask token."""
-        view = images if self.original else F.avg_pool2d(images, self.config.ratio)
-        tokens_BND = rearrange(self.process_embed(view), "b d r c -> b (r c) d")
-        position_1ND = self.process_pos_embed
-        if hidden_BN is None:
-            return tokens_BND + position_1ND
-        # `where` keeps the mask token in the graph when nothing is hidden: its gradient is then zero, not missing.
-        if self.original:
-            return torch.where(hidden_BN.unsqueeze(-1), self.process_mask_token, tokens_BND + position_1ND)
-        return torch.where(hidden_BN.unsqueeze(-1), self.process_mask_token, tokens_BND) + position_1ND
+def _positions(table_1TD: Tensor, sides: tuple[int, ...], patch_px: int) -> Tensor:
+    grid = [side // patch_px for side in sides]
+    return resample_abs_pos_embed(table_1TD, grid, num_prefix_tokens=0)
 
-    def _run_blocks(self, process_BND: Tensor) -> Tensor:
-        """Process tokens [B, N, D] through all blocks and the final norm."""
-        memory_BMD = self.memory_bank.expand(len(process_BND), -1, -1)
-        for block in self.blocks:
-            process_BND, memory_BMD = block(process_BND, memory_BMD)
-        return self.norm(process_BND)
 
-    def _decode(self, process_BND: Tensor) -> Tensor:
-        """Process tokens [B, N, D] to predictions, float32 [B, T, C]."""
-        grid_BDRC = rearrange(process_BND, "b (r c) d -> b d r c", r=self.config.process_grid)
-        return rearrange(self.decoder(grid_BDRC), "b d r c -> b (r c) d").float()
-
-    @torch.no_grad()
-    def _targets(self, images: Tensor) -> Tensor:
-        """Targets of the full-resolution images, float32 [B, T, C], also under autocast."""
-        with torch.autocast(device_type=images.device.type, enabled=False):
-            if self.config.target == "pixels":
-                target_BTC = pixel_targets(images.float(), self.config.memory_patch)
-            else:
-                target_BTC = rearrange(self.target_embed(images.float()), "b d r c -> b (r c) d")
-            return normalise_targets(target_BTC, self.config.resolved_target_norm)
+def init_linear(module: nn.Module) -> None:
+    """Small normal weights and no bias for a linear layer; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -29,6 +29,20 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return kept
 
 
+def checked_noise(noise: Tensor | None, images: Tensor, numbers: int) -> Tensor:
+    """The noise [B, `numbers`] to make the masks of `images` from; None draws it from torch's global generator.
+
+    Raises:
+        ValueError: noise of another shape.
+    """
+    expected = (len(images), numbers)
+    if noise is None:
+        return torch.rand(expected, device=images.device)
+    if tuple(noise.shape) != expected:
+        raise ValueError(f"noise must have shape {expected} (images, tokens to mask): found {tuple(noise.shape)}")
+    return noise
+
+
 def masked_tokens(noise_BN: Tensor, mask_ratio: float) -> Tensor:
     """Which process tokens are hidden: all but the `num_visible` ones of smallest noise.
 

@@ -218,3 +218,25 @@ def test_a_damaged_sample_stops_the_run_by_name(dataset: Path, tmp_path: Path) -
 def test_a_loss_that_is_not_finite_stops_the_run(dataset: Path, tmp_path: Path) -> None:
     errors = _train(dataset, tmp_path / "run", *SMALL, "steps=50", "optim.lr=1e30", "optim.warmup_steps=0", code=1)
     assert "the loss is" in errors
+
+
+def test_the_teacher_follows_the_student(dataset: Path, tmp_path: Path) -> None:
+    for steps in (1, 3):  # the last step leaves the teacher where it is
+        _train(dataset, tmp_path / str(steps), *SMALL, "model.target=ema", "model.ema_momentum=0.5", f"steps={steps}")
+    still, moved = _weights(tmp_path / "1"), _weights(tmp_path / "3")
+    key = "blocks.0.mlp_process.0.weight"
+    assert not torch.equal(still[f"teacher.{key}"], moved[f"teacher.{key}"])
+    assert (moved[f"teacher.{key}"] - moved[key]).abs().max() < (still[f"teacher.{key}"] - moved[key]).abs().max()
+
+
+@pytest.mark.parametrize(
+    "model", [("model.target=ema", "model.memory=image"), ("model.name=vittm_mae", "model.decoder_depth=1")]
+)
+def test_masked_models_train_on_two_processes(dataset: Path, tmp_path: Path, model: tuple[str, str]) -> None:
+    _train(dataset, tmp_path / "run", *SMALL, *model, "steps=3", "processes=2")
+    assert len(_losses(tmp_path / "run")) == 3
+
+
+def test_a_model_without_an_objective_is_refused(dataset: Path, tmp_path: Path) -> None:
+    errors = _train(dataset, tmp_path / "run", *SMALL, "model.name=vittm", "steps=3", code=2)
+    assert "model.name=vittm: engine train has no objective for it" in errors

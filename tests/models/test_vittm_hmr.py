@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +11,9 @@ from torch import Tensor
 
 from models import build_model
 from models.config import ViTTMHMRConfig
-from models.objectives.hmr import (
-    constant_cosine,
-    masked_targets,
-    masked_tokens,
-    negative_cosine,
-    normalise_targets,
-    pixel_targets,
-)
-from models.vittm import HMRBlock, LinearCrossAttention, ViTTMHMR
+from models.objectives.hmr import masked_targets, masked_tokens
+from models.vittm_hmr import HMRBlock, LinearCrossAttention, ViTTMHMR
 
-PARITY = Path(__file__).parents[2] / "../shared/parity"
 TINY: dict[str, Any] = {"img_size": 128, "memory_patch": 8, "process_patch": 32, "dim": 64, "depth": 2, "heads": 4}
 SMALL: dict[str, Any] = {"img_size": 64, "memory_patch": 8, "process_patch": 16, "dim": 32, "depth": 2, "heads": 4}
 TOLERANCE = 1e-5  # the published numbers are given to 1e-4
@@ -56,22 +44,6 @@ def stained(batch: int, side: int, seed: int = 0) -> Tensor:
 # The published model -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def parity() -> Any:
-    if not PARITY.is_dir():
-        pytest.skip(f"no published numbers at {PARITY}")
-    spec = importlib.util.spec_from_file_location("fill_vittm", PARITY / "fill_vittm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def fill(model: torch.nn.Module, param: Callable[..., np.ndarray], prefix: str = "") -> None:
-    model.load_state_dict({k: torch.from_numpy(param(prefix + k, v.shape)) for k, v in model.state_dict().items()})
-
-
 def largest_error(found: Tensor, expected: np.ndarray) -> float:
     assert found.shape == expected.shape
     return float(np.abs(found.detach().numpy() - expected).max())
@@ -81,8 +53,8 @@ def key_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in model.state_dict().items()}
 
 
-def test_original_has_the_published_keys_and_size(parity: Any) -> None:
-    keys = json.loads((PARITY / "keys_hmr.json").read_text())
+def test_original_has_the_published_keys_and_size(vittm_parity: Any) -> None:
+    keys = vittm_parity.keys("hmr")
     full = build(preset="original")
     assert key_shapes(full) == keys["hmr_full"]
     assert key_shapes(build(preset="original", **TINY)) == keys["hmr_tiny"]
@@ -94,26 +66,26 @@ def test_original_has_32_46_million_parameters() -> None:
     assert sum(p.numel() for p in model.parameters()) == 32_460_672
 
 
-def test_pieces_match_the_published_code(parity: Any) -> None:
-    expected = np.load(PARITY / "hmr_pieces.npz")
+def test_pieces_match_the_published_code(vittm_parity: Any) -> None:
+    expected = vittm_parity.arrays("hmr_pieces")
     attention = LinearCrossAttention(64, 4)
-    fill(attention, parity.param, "lca.")
-    query, source = (torch.from_numpy(parity.inp(n, s)) for n, s in (("lca/q", (2, 5, 64)), ("lca/kv", (2, 11, 64))))
+    vittm_parity.fill(attention, "lca.")
+    query, source = vittm_parity.input("lca/q", 2, 5, 64), vittm_parity.input("lca/kv", 2, 11, 64)
     assert largest_error(attention(query, source), expected["lca_out"]) < TOLERANCE
 
     block = HMRBlock(64, 4)
-    fill(block, parity.param, "blk.")
-    process, memory = (torch.from_numpy(parity.inp(f"blk/{n}", (2, t, 64))) for n, t in (("proc", 16), ("mem", 32)))
+    vittm_parity.fill(block, "blk.")
+    process, memory = vittm_parity.input("blk/proc", 2, 16, 64), vittm_parity.input("blk/mem", 2, 32, 64)
     process, memory = block(process, memory)
     assert largest_error(process, expected["blk_proc"]) < TOLERANCE
     assert largest_error(memory, expected["blk_mem"]) < TOLERANCE
 
 
-def test_whole_model_matches_the_published_code_forward_and_backward(parity: Any) -> None:
-    expected = np.load(PARITY / "hmr_tiny.npz")
+def test_whole_model_matches_the_published_code_forward_and_backward(vittm_parity: Any) -> None:
+    expected = vittm_parity.arrays("hmr_tiny")
     model = build(preset="original", **TINY).eval()
-    fill(model, parity.param)
-    images = torch.from_numpy(parity.inp("tiny/image", (2, 3, 128, 128)))
+    vittm_parity.fill(model)
+    images = vittm_parity.input("tiny/image", 2, 3, 128, 128)
     noise = torch.from_numpy(expected["noise"])
     for ratio, tag in ((0.0, "m0"), (0.75, "m75")):
         out = model(images, mask_ratio=ratio, noise=noise)
@@ -142,7 +114,7 @@ def test_hidden_tokens_know_their_position_only_when_repaired(preset: str, ident
     model = build(preset=preset, **SMALL).eval()
     noise = torch.rand(2, model.config.num_process)
     with torch.no_grad():
-        tokens = model._run_blocks(model._process_tokens(stained(2, 64), masked_tokens(noise, 0.75)))
+        tokens = model._encode(stained(2, 64), masked_tokens(noise, 0.75))
     hidden = tokens[0][masked_tokens(noise, 0.75)[0]]
     assert len(hidden) == 12
     spread = float((hidden - hidden[0]).abs().max())
@@ -276,40 +248,66 @@ def test_wrong_inputs_are_refused_with_what_was_found() -> None:
             model(torch.zeros(2, 3, 64, 64), mask_ratio=ratio)
 
 
-# The objective, by hand ----------------------------------------------------------------------------------------------
+# Memory from the image, and the teacher ------------------------------------------------------------------------------
 
 
-def test_the_tokens_of_smallest_noise_stay_visible() -> None:
-    hidden = masked_tokens(torch.tensor([[0.4, 0.1, 0.3, 0.2]]), 0.5)
-    assert hidden.tolist() == [[True, False, True, False]]
+def test_memory_of_the_image_shows_nothing_that_is_hidden() -> None:
+    model = build(memory="image", **SMALL).eval()
+    images, noise = stained(2, 64), torch.rand(2, 16)
+    hidden = masked_tokens(noise, 0.75)
+    pixels = torch.nn.functional.interpolate(hidden.view(2, 1, 4, 4).float(), size=64).bool()
+    other = torch.where(pixels, torch.randn(2, 3, 64, 64), images)
+    first, second = model(images, noise=noise)["prediction"], model(other, noise=noise)["prediction"]
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, model(torch.where(pixels, images, other + 1), noise=noise)["prediction"])
 
 
-def test_a_hidden_token_hides_the_memory_patches_it_covers() -> None:
-    grid = masked_targets(torch.tensor([[True, False, False, True]]), 2).view(4, 4)
-    assert grid.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+def test_memory_of_the_image_gives_features_the_full_resolution() -> None:
+    checker = (torch.arange(64)[:, None] + torch.arange(64)[None]) % 2 * 2.0 - 1.0  # mean 0 in every 2 x 2
+    images = stained(1, 64)
+    for memory, sees_it in (("bank", False), ("image", True)):
+        model = build(memory=memory, **SMALL).eval()
+        same = torch.allclose(model.features(images), model.features(images + checker), atol=1e-5)
+        assert same is not sees_it
 
 
-def test_pixel_targets_are_row_major_patches() -> None:
-    image = torch.arange(3 * 4 * 4.0).view(1, 3, 4, 4)
-    patches = pixel_targets(image, 2)
-    assert patches.shape == (1, 4, 12)
-    assert patches[0, 1].tolist() == image[0, :, :2, 2:].flatten().tolist()
+def test_a_new_teacher_is_the_student_and_gives_one_token_per_target() -> None:
+    model = build(target="ema", target_norm="none", memory="image", **SMALL)
+    images = stained(2, 64)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(p, own[name]) for name, p in model.teacher.named_parameters())
+    target = model(images)["target"]
+    assert target.shape == (2, 64, 32)
+    assert torch.allclose(target, model.fine_tokens(images), atol=1e-6)
+    with torch.no_grad():
+        model.norm.weight.mul_(2.0)
+    assert not torch.allclose(target, model.fine_tokens(images), atol=0.1)
+    assert torch.allclose(target, model(images)["target"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("over", "axis"), [("batch", (0, 1)), ("image", (1,)), ("patch", (2,))])
-def test_normalised_targets_are_centred_and_scaled_over_the_named_axis(over: Any, axis: tuple[int, ...]) -> None:
-    target = normalise_targets(3 + 2 * torch.randn(4, 9, 16), over)
-    assert torch.allclose(target.mean(dim=axis), torch.zeros(()), atol=1e-5)
-    assert torch.allclose(target.square().mean(dim=axis), torch.ones(()), atol=1e-4)
+def test_the_teacher_reads_the_memory_patch_in_its_place() -> None:
+    model = build(target="ema", target_norm="none", **SMALL).eval()
+    images = stained(1, 64)
+    changed = images.clone()
+    changed[:, :, 8:16, 24:32] += 1.0  # row 1, column 3 of 8 x 8 memory patches
+    moved = (model(images)["target"] - model(changed)["target"]).norm(dim=-1)[0]
+    assert int(moved.argmax()) == 8 + 3
 
 
-def test_constant_cosine_is_what_the_best_constant_scores() -> None:
-    torch.manual_seed(0)
-    target = torch.randn(3, 8, 5) + 0.5
-    where = masked_tokens(torch.rand(3, 8), 0.5)
-    best = torch.nn.functional.normalize(target, dim=-1)[where].mean(dim=0)
-    scored = -negative_cosine(best.expand_as(target), target, where)
-    assert torch.allclose(constant_cosine(target, where), scored, atol=1e-6)
-    others = [-negative_cosine(torch.randn(5).expand_as(target), target, where) for _ in range(50)]
-    assert max(others) < scored
-    assert constant_cosine(target, where, per="image") > scored
+def test_the_teacher_follows_along_half_a_cosine() -> None:
+    model = build(target="ema", ema_momentum=0.9, **SMALL)
+    before = model.teacher.norm.weight.clone()
+    with torch.no_grad():
+        model.norm.weight.add_(1.0)
+    model.after_step(3, 4)
+    share = 0.1 * (np.cos(np.pi * 3 / 4) + 1) / 2
+    assert torch.allclose(model.teacher.norm.weight, before + share, atol=1e-7)
+    model.after_step(4, 4)
+    assert torch.allclose(model.teacher.norm.weight, before + share, atol=1e-7)
+
+
+def test_a_model_without_a_teacher_stays_as_it_is_after_a_step() -> None:
+    model = build(**SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.after_step(1, 10)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
