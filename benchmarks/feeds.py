@@ -23,8 +23,8 @@ from engine.config import apply_overrides, build, read_recipe
 from engine.recipes import ShardRecipe
 from engine.shard import run as shard
 
-# Opens an endless stream of batches: of tensors [batch_size, 3, S, S] as a view says, uint8 or normalised float32. Where
-# it decodes and does no more, batches are whatever its decoder returns.
+# Opens an endless stream of batches: tensors [batch_size, 3, S, S] as a view says, uint8 or normalised float32. What
+# decodes and does no more yields whatever its decoder returns.
 Feed = Callable[[], AbstractContextManager[Iterator[Any]]]
 
 

@@ -70,11 +70,13 @@ def peers() -> tuple[dict[str, Peer], dict[str, str]]:
 
 def _per_core(setting: Setting, view: CropView, *, backend: Literal["dali", "torch"]) -> dict[str, Any]:
     """Our rate on one core beside every peer's; `roi_limit` is the faster of the decoders, named by `limit`."""
+    found, missing = peers()
+    if backend == "dali" and "dali_stock" in missing:
+        raise CannotRunError(f"DALI does not import here: {missing['dali_stock']}")
     patches = painted_patches(setting)
     feeds: dict[str, Feed] = {OURS: ours(patches, view, backend=backend)}
     if view.augment is not None:
         feeds[f"{backend}_ect_float"] = ours(patches, replace(view, augment=None), backend=backend)
-    found, missing = peers()
     for name, peer in found.items():
         try:
             feeds[name] = peer(patches, view)

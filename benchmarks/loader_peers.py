@@ -12,11 +12,9 @@ from __future__ import annotations
 import io
 import math
 import random
-import shutil
-import warnings
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -142,7 +140,11 @@ def streaming_pil(patches: Patches, view: CropView) -> Feed:
 
     @contextmanager
     def feed() -> Iterator[Iterator[torch.Tensor]]:
-        dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=patches.batch_size)
+        before, tempfile.tempdir = tempfile.tempdir, str(patches.copies)  # where it puts its lock files
+        try:
+            dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=patches.batch_size)
+        finally:
+            tempfile.tempdir = before
         decoded = (Image.open(io.BytesIO(sample["jpeg"])) for sample in _endless(dataset))
         yield PilTransform(view).batches(decoded, patches.batch_size)
 
