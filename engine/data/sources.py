@@ -1,0 +1,172 @@
+"""Where the bytes of shards come from: files here, or an object store with a cache of it here."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sharding.index import Dataset
+
+_MAX_OPEN_SHARDS = 128
+
+
+class ShardSource(Protocol):
+    """The shards of one dataset. Methods may be called from any number of threads."""
+
+    names: list[str]  # of the shards
+    threads: int  # that read at a time
+    read_ahead_bytes: int  # beyond the few batches that are always read ahead
+    join_gap_bytes: int  # samples no further apart are read as one piece,
+    join_bytes: int  # which is not longer than this, unless one sample is
+    rows_per_task: int  # fewer cost more for the task than for the reading; more leave threads idle
+
+    def cached(self, shard: int, offset: int, length: int) -> bytes | None:
+        """What a cache holds of these bytes; it may be short, damaged or nothing at all. None: there is no cache."""
+        ...
+
+    def read(self, shard: int, offset: int, length: int) -> memoryview:
+        """Read bytes of shard number `shard`, fewer where it ends before.
+
+        Raises OSError where the shard cannot be read, and StoreError where the store cannot.
+        """
+        ...
+
+    def table(self, shard: int) -> bytes:
+        """The shard's Parquet file. Raises like `read`."""
+        ...
+
+    def mending(self, shard: int) -> str:
+        """What to do about a damaged shard, for messages."""
+        ...
+
+    def close(self) -> None:
+        """Close files, and have reads that wait for something give up."""
+        ...
+
+
+class OpenFile:
+    """A file descriptor that closes once nobody holds it: an eviction must not close it under a reading thread."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.fd = -1  # __del__ runs even where the next line fails
+        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class OpenFiles:
+    """The files used last, kept open. Hold the OpenFile while its descriptor is in use."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._open: OrderedDict[Path, OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> OpenFile:
+        """Return the file at `path`, opened. Raises OSError."""
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None:
+                self._open.move_to_end(path)
+                return file
+        # Opened outside the lock: on a network file system this takes milliseconds. Two threads may both do it.
+        file = OpenFile(path, self._flags)
+        with self._lock:
+            file = self._open.setdefault(path, file)
+            while len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return file
+
+    def close(self) -> None:
+        """Forget the files; each closes when nobody uses it."""
+        with self._lock:
+            self._open.clear()
+
+
+class LocalShards:
+    """A ShardSource of files. It reads with `pread`, not mmap: a mapped file that is truncated kills the process."""
+
+    threads = 4
+    read_ahead_bytes = 0
+    join_gap_bytes = 0
+    join_bytes = 0
+    rows_per_task = 16
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.names = dataset.shard_names
+        self._name = dataset.name
+        self._paths = dataset.shard_paths
+        self._files = OpenFiles(os.O_RDONLY)
+
+    def cached(self, shard: int, offset: int, length: int) -> bytes | None:
+        """See ShardSource."""
+        return None
+
+    def read(self, shard: int, offset: int, length: int) -> memoryview:
+        """See ShardSource."""
+        file = self._files.get(self._paths[shard])  # bound to a name, so that it stays open during the read
+        return memoryview(os.pread(file.fd, length, offset))
+
+    def table(self, shard: int) -> bytes:
+        """See ShardSource."""
+        return self._paths[shard].with_suffix(".parquet").read_bytes()
+
+    def mending(self, shard: int) -> str:
+        """See ShardSource."""
+        return f"Run `engine verify {self._name}` to list every damaged sample, then write the shards anew."
+
+    def close(self) -> None:
+        """See ShardSource."""
+        self._files.close()
+
+
+def joined(
+    shards: npt.NDArray[np.integer],
+    offsets: npt.NDArray[np.integer],
+    lengths: npt.NDArray[np.integer],
+    *,
+    gap_bytes: int,
+    most_bytes: int,
+) -> list[npt.NDArray[np.int64]]:
+    """Group pieces of shards, given by three arrays of one length, into those that are read as one.
+
+    Returns positions in the arrays, int64, each exactly once: within a group in the order of their offsets, groups in
+    the order of their first position. A group lies in one shard, its gaps have at most gap_bytes, and it spans at most
+    most_bytes unless it has one member.
+    """
+    order = np.lexsort((offsets, shards))
+    groups: list[list[int]] = []
+    shard, start, end = -1, 0, 0
+    for place in order.tolist():
+        offset, length = int(offsets[place]), int(lengths[place])
+        reach = max(end, offset + length)
+        if shards[place] == shard and offset - end <= gap_bytes and reach - start <= most_bytes:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+            shard, start, reach = int(shards[place]), offset, offset + length
+        end = reach
+    return [np.array(group, dtype=np.int64) for group in sorted(groups, key=min)]
+
+
+def in_tasks(groups: Sequence[npt.NDArray[np.int64]], rows: int) -> Iterator[list[npt.NDArray[np.int64]]]:
+    """Put groups together until a task has `rows` members."""
+    task: list[npt.NDArray[np.int64]] = []
+    for group in groups:
+        task.append(group)
+        if sum(map(len, task)) >= rows:
+            yield task
+            task = []
+    if task:
+        yield task
