@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,6 @@ _MEMBER_NAME = re.compile(rb"([0-9a-f]{16})\.jpg\0")
 _TABLES_KEPT = 4  # of keys, for messages
 _MOST_BATCHES_AT_ONCE = 32
 _LENGTHS_LOOKED_AT = 1000
-
-Group = npt.NDArray[np.int64]
 
 
 class BadSampleError(RuntimeError):
@@ -114,11 +113,12 @@ class SampleReader:
 
     def submit(self, rows: npt.NDArray[np.int64]) -> list[Pending]:
         """Start reading rows (int64[n]) in threads; `collect` waits for the samples."""
+        found = self._entries(rows)
+        entries = _listed(rows, found)
         pending: dict[int, Pending] = {}
-        for task in in_tasks(self._groups(self._entries(rows)), self._manner.rows_per_task):
-            places = np.concatenate(task)
-            future = self._pool.submit(self._read_groups, [self._listed(rows[group]) for group in task])
-            pending |= {place: Pending(future, number) for number, place in enumerate(places.tolist())}
+        for task in in_tasks(self._groups(found), self._manner.rows_per_task):
+            future = self._pool.submit(self._read_groups, [[entries[place] for place in group] for group in task])
+            pending |= {place: Pending(future, number) for number, place in enumerate(chain.from_iterable(task))}
         return [pending[place] for place in range(len(rows))]
 
     def collect(self, pending: Sequence[Pending]) -> list[Sample]:
@@ -132,14 +132,14 @@ class SampleReader:
 
     def read_one(self, row: int) -> Sample:
         """Read one row, now and in this thread. Raises like `collect`."""
-        (sample,) = self._read_groups([self._listed(np.array([row]))])
+        (sample,) = self._read_group([self._entry(row)])
         if sample.fault is not None and not self._keep_faults:
             raise sample.fault
         return sample
 
     def bad_sample(self, row: int, reason: str) -> BadSampleError:
         """Describe a damaged sample by its shard and key, for whoever found the damage (a decoder, for one)."""
-        (entry,) = self._listed(np.array([row]))
+        entry = self._entry(row)
         source, shard = self._source(entry.shard)
         return BadSampleError(source.names[shard], self._key(entry), reason, row, source.mending(shard))
 
@@ -170,11 +170,11 @@ class SampleReader:
             entries[chosen] = part
         return entries
 
-    def _listed(self, rows: npt.NDArray[np.int64]) -> list[_Entry]:
-        # tolist makes Python numbers of all fields at once; element by element costs more than the checks.
-        return [_Entry(row, *entry) for row, entry in zip(rows.tolist(), self._entries(rows).tolist(), strict=True)]
+    def _entry(self, row: int) -> _Entry:
+        rows = np.array([row])
+        return _listed(rows, self._entries(rows))[0]
 
-    def _groups(self, entries: npt.NDArray[np.void]) -> list[Group]:
+    def _groups(self, entries: npt.NDArray[np.void]) -> list[list[int]]:
         """Say which of the entries (ROW_DTYPE[n]) are read as one, headers included."""
         return joined(
             entries["shard"],
@@ -189,16 +189,16 @@ class SampleReader:
         return [sample for group in groups for sample in self._read_group(group)]
 
     def _read_group(self, group: list[_Entry]) -> list[Sample]:
-        samples = {entry: self._at_hand(entry) for entry in group}
-        missing = [entry for entry, sample in samples.items() if sample is None]
-        if missing and len(missing) < len(group):  # what lay together may now be apart
-            array = np.array([entry[1:] for entry in missing], ROW_DTYPE)
-            pieces = [[missing[place] for place in piece] for piece in self._groups(array)]
-        else:
-            pieces = [missing] if missing else []
+        samples = [self._at_hand(entry) for entry in group]
+        places = [place for place, sample in enumerate(samples) if sample is None]
+        missing = [group[place] for place in places]
+        pieces = [list(range(len(missing)))] if missing else []
+        if len(missing) < len(group):  # what lay together may now be apart
+            pieces = self._groups(np.array([entry[1:] for entry in missing], ROW_DTYPE))
         for piece in pieces:
-            samples.update(zip(piece, self._read_piece(piece), strict=True))
-        return [sample for entry in group if (sample := samples[entry]) is not None]
+            for place, sample in zip(piece, self._read_piece([missing[place] for place in piece]), strict=True):
+                samples[places[place]] = sample
+        return [sample for sample in samples if sample is not None]
 
     def _at_hand(self, entry: _Entry) -> Sample | None:
         """Return what needs no reading: a sample that was condemned, or one from the cache, if it is sound."""
@@ -279,6 +279,11 @@ def _open_source(dataset: Dataset) -> ShardSource:
 
     assert isinstance(dataset, RemoteDataset)
     return RemoteShards(dataset)
+
+
+def _listed(rows: npt.NDArray[np.int64], entries: npt.NDArray[np.void]) -> list[_Entry]:
+    # tolist makes Python numbers of all fields at once; element by element costs more than the checks.
+    return [_Entry(row, *entry) for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)]
 
 
 def _fault(error: BadSampleError) -> Sample:

@@ -99,8 +99,8 @@ class LocalShards:
 
     threads = 4
     read_ahead_bytes = 0
-    join_gap_bytes = 0
-    join_bytes = 0
+    join_gap_bytes = 16 << 10
+    join_bytes = 1 << 20
     rows_per_task = 16
 
     def __init__(self, dataset: Dataset) -> None:
@@ -138,35 +138,37 @@ def joined(
     *,
     gap_bytes: int,
     most_bytes: int,
-) -> list[npt.NDArray[np.int64]]:
+) -> list[list[int]]:
     """Group pieces of shards, given by three arrays of one length, into those that are read as one.
 
-    Returns positions in the arrays, int64, each exactly once: within a group in the order of their offsets, groups in
-    the order of their first position. A group lies in one shard, its gaps have at most gap_bytes, and it spans at most
+    Returns positions in the arrays, each exactly once: within a group in the order of their offsets, groups in the
+    order of their first position. A group lies in one shard, its gaps have at most gap_bytes, and it spans at most
     most_bytes unless it has one member.
     """
     order = np.lexsort((offsets, shards))
     groups: list[list[int]] = []
-    shard, start, end = -1, 0, 0
-    for place in order.tolist():
-        offset, length = int(offsets[place]), int(lengths[place])
+    last, start, end = -1, 0, 0
+    columns = (order, shards[order], offsets[order], lengths[order])
+    for place, shard, offset, length in zip(*(column.tolist() for column in columns), strict=True):
         reach = max(end, offset + length)
-        if shards[place] == shard and offset - end <= gap_bytes and reach - start <= most_bytes:
+        if shard == last and offset - end <= gap_bytes and reach - start <= most_bytes:
             groups[-1].append(place)
         else:
             groups.append([place])
-            shard, start, reach = int(shards[place]), offset, offset + length
+            last, start, reach = shard, offset, offset + length
         end = reach
-    return [np.array(group, dtype=np.int64) for group in sorted(groups, key=min)]
+    return sorted(groups, key=min)
 
 
-def in_tasks(groups: Sequence[npt.NDArray[np.int64]], rows: int) -> Iterator[list[npt.NDArray[np.int64]]]:
-    """Put groups together until a task has `rows` members."""
-    task: list[npt.NDArray[np.int64]] = []
+def in_tasks(groups: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """Put successive groups together until they have `size` members."""
+    task: list[list[int]] = []
+    members = 0
     for group in groups:
         task.append(group)
-        if sum(map(len, task)) >= rows:
+        members += len(group)
+        if members >= size:
             yield task
-            task = []
+            task, members = [], 0
     if task:
         yield task
