@@ -29,12 +29,23 @@ _PREFIXES = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "http
 _CLIENT_OPTIONS = (
     "allow_http",
     "allow_invalid_certificates",
+    "default_content_type",
+    "default_headers",
+    "http1_only",
+    "http2_keep_alive_interval",
+    "http2_keep_alive_timeout",
+    "http2_keep_alive_while_idle",
+    "http2_only",
+    "pool_idle_timeout",
+    "pool_max_idle_per_host",
     "proxy_ca_certificate",
     "proxy_excludes",
     "proxy_url",
+    "randomize_addresses",
     "root_certificate",
     "user_agent",
 )
+_TIMEOUTS = ("timeout", "connect_timeout", "read_timeout")
 _STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
 _PASSING_STATUS = (408, 425, 429)
 _LONGEST_WAIT_S = 10.0
@@ -56,15 +67,17 @@ class StoreOptions:
     read_ahead_bytes: how much is read ahead of the batch that is delivered, about.
     """
 
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold secrets
     timeout_s: float = 20.0
     patience_s: float = 120.0
-    connections: int = 32
+    connections: int = 64
     join_gap_bytes: int = 128 << 10
     join_bytes: int = 4 << 20
     read_ahead_bytes: int = 128 << 20
 
     def __post_init__(self) -> None:
+        if given := [name for name in _TIMEOUTS if name in self.config]:
+            raise ValueError(f"config has {given[0]!r}: give it as timeout_s")
         if self.timeout_s <= 0 or self.patience_s < 0 or self.connections < 1 or self.join_bytes < 1:
             raise ValueError(
                 f"timeout_s={self.timeout_s}, patience_s={self.patience_s}, connections={self.connections}, "

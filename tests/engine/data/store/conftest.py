@@ -54,7 +54,7 @@ class FaultyStore:
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 key = f"{name}/{file.relative_to(path)}"
-                self.client.put_object(Bucket=self.bucket, Key=key, Body=file.read_bytes())
+                self.client.put_object(Bucket=self.bucket, Key=key, Body=file.read_bytes(), ACL="public-read")
         return f"s3://{self.bucket}/{name}"
 
     def replace(self, key: str, change: Callable[[bytes], bytes]) -> None:

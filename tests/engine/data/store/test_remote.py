@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -154,6 +155,24 @@ def test_a_url_that_is_none_is_refused_in_one_sentence(url: str, match: str, sto
     assert str(caught.value).isprintable()
 
 
+def test_options_need_no_environment(remote: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, url = remote
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    config = {"endpoint": store.endpoint, "allow_http": "true", "region": "us-east-1"}
+    config |= {"access_key_id": "tester", "secret_access_key": "hidden", "user_agent": "us"}
+    options = store.options(config=config)
+    with open_it(made.path) as loader, open_it(url, store_options=options) as other:
+        assert_same(take(loader, 4), take(other, 4))
+    assert "hidden" not in repr(options)
+
+
+def test_options_that_cannot_be_are_refused(store: Any) -> None:
+    for wrong in ({"timeout_s": 0}, {"patience_s": -1}, {"connections": 0}, {"config": {"timeout": "3s"}}):
+        with pytest.raises(ValueError, match="timeout_s|patience_s|connections"):
+            store.options(**wrong)
+
+
 def test_neighbours_are_read_by_one_request(remote: Any, store: Any) -> None:
     made, url = remote
     lengths = [len(payload) for payload in made.payloads]
@@ -205,6 +224,14 @@ def test_regions_come_from_the_store_a_request_for_what_lies_together(store: Any
         assert torch.equal(batches[0].present, others[0].present)
         assert batches[0].rows.max() == 10  # 11 patches in two shards
     assert len(store.asked(".tar")) == 4  # two for each round of batches that was read ahead
+
+
+def test_a_plain_web_server_is_a_store_too(remote: Any, s3_server: Any, store: Any) -> None:
+    made, url = remote
+    web = url.replace("s3://", f"http://{s3_server[0]}:{s3_server[1]}/")
+    with open_it(made.path) as loader, open_it(web) as other:
+        assert_same(take(loader, 4), take(other, 4))
+    assert store.asked() == []
 
 
 def test_golden_datasets_of_both_versions_are_read(store: Any) -> None:
