@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -12,9 +13,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.store import StoreError
 from sharding.index import Dataset
 
 _MAX_OPEN_SHARDS = 128
+# What says nothing about the file itself.
+_OUTAGES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+)
 
 
 class ShardSource(Protocol):
@@ -115,8 +121,16 @@ class LocalShards:
 
     def read(self, shard: int, offset: int, length: int) -> memoryview:
         """See ShardSource."""
-        file = self._files.get(self._paths[shard])  # bound to a name, so that it stays open during the read
-        return memoryview(os.pread(file.fd, length, offset))
+        try:
+            file = self._files.get(self._paths[shard])  # bound to a name, so that it stays open during the read
+            return memoryview(os.pread(file.fd, length, offset))
+        except OSError as error:
+            if error.errno in _OUTAGES:
+                raise StoreError(
+                    f"{self._paths[shard]} cannot be read: {error.strerror}. That is trouble of the file system or the "
+                    "machine, the samples may be sound: run the same again once it is over"
+                ) from error
+            raise
 
     def table(self, shard: int) -> bytes:
         """See ShardSource."""

@@ -53,7 +53,7 @@ _WARN_EVERY_S = 30.0
 
 
 class StoreError(RuntimeError):
-    """An object store cannot be read, which says nothing about the samples in it."""
+    """An object store (or a file system) is out of reach, which says nothing about the samples in it."""
 
 
 @dataclass(frozen=True, slots=True)

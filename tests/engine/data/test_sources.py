@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.reading import BadSampleError, SampleReader
+from engine.data import BadSampleError, CropView, StoreError, open_loader
+from engine.data.reading import SampleReader
 from engine.data.sources import LocalShards, in_tasks, joined
 from sharding.index import open_dataset
 
@@ -87,6 +88,25 @@ def test_a_pread_of_several_that_fails_is_tried_one_by_one(make_dataset: Any, mo
     assert [sample.jpeg.tobytes() for sample in samples if not sample.fault] == [
         payload for row, payload in enumerate(dataset.payloads) if row != 4
     ]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE])
+def test_a_file_system_out_of_reach_is_no_bad_sample(
+    make_dataset: Any, monkeypatch: pytest.MonkeyPatch, number: int, backend: Any
+) -> None:
+    dataset = make_dataset()
+
+    def fails(*_: Any) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    options: dict[str, Any] = {"views": [CropView(32)], "device": "cpu", "bad_samples": "replace"}
+    with open_loader(dataset.path, batch_size_per_rank=4, backend=backend, **options) as loader:
+        with monkeypatch.context() as patched:
+            patched.setattr("engine.data.sources.os.pread", fails)
+            with pytest.raises(StoreError, match=f"{dataset.path}/shards/.*{os.strerror(number)}"):
+                next(loader)
+        assert loader.replacements == []
+        assert len(next(loader).rows) == 4
 
 
 def test_the_first_fault_in_the_order_of_rows_is_raised(make_dataset: Any) -> None:

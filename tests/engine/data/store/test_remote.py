@@ -169,7 +169,7 @@ def test_options_need_no_environment(remote: Any, store: Any, monkeypatch: pytes
 
 def test_options_that_cannot_be_are_refused(store: Any) -> None:
     for wrong in ({"timeout_s": 0}, {"patience_s": -1}, {"connections": 0}, {"config": {"timeout": "3s"}}):
-        with pytest.raises(ValueError, match="timeout_s|patience_s|connections"):
+        with pytest.raises(ValueError, match=r"timeout_s|patience_s|connections"):
             store.options(**wrong)
 
 
@@ -211,6 +211,16 @@ def test_what_is_read_ahead_is_joined_over_batches(remote: Any, store: Any) -> N
         # Alone each sample is a request; 64 that are read ahead together hold every sample of the four shards.
         assert requests <= most
         assert read_ahead_bytes or requests >= 24
+
+
+def test_what_is_read_ahead_is_bounded_in_bytes(remote: Any, store: Any) -> None:
+    made, url = remote
+    batch_bytes = 4 * sum(map(len, made.payloads)) / 12
+    for batches, expected in ((0.1, 1), (2, 1), (9, 4), (64, 32), (1000, 32)):
+        options = store.options(read_ahead_bytes=int(batches * batch_bytes) + 1)
+        reader = SampleReader(open_remote_dataset(url, options=options))
+        assert reader.batches_at_once(4) == expected
+        reader.close()
 
 
 def test_regions_come_from_the_store_a_request_for_what_lies_together(store: Any, backend: Any) -> None:

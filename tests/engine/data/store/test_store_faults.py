@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.data import BadSampleError, CropView, SampleStream, open_loader
 from engine.data.order import substitute_position
@@ -277,6 +280,45 @@ def test_a_bucket_that_disappears_is_no_bad_sample(remote: Any, store: Any, monk
         with pytest.raises(StoreError, match="no such bucket"):
             deliver(loader, [])
         assert loader.replacements == []
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.soak] * (seed > 1)) for seed in range(40)])
+def test_nothing_is_lost_or_changed_by_a_store_and_a_cache_that_fail_at_random(
+    remote: Any, store: Any, tmp_path: Path, seed: int
+) -> None:
+    made, url = remote
+    backend: Any = ("dali", "torch")[seed % 2]
+    with open_it(str(made.path), backend) as loader:
+        batches = [next(loader) for _ in range(20)]
+    faults = random.Random(seed)
+    store.fault = lambda key, number: faults.choice([None] * 8 + [500, 503, "cut", "stall", "stall in the body"])
+    over = threading.Event()
+
+    def rot() -> None:
+        chance = random.Random(seed + 1)
+        while not over.wait(0.02):
+            for path in tmp_path.glob("shards/*/*.tar"):
+                with open(path, "r+b") as file:
+                    file.seek(chance.randrange(1 + path.stat().st_size))
+                    file.write(chance.choice([b"x", bytes(3000)]))
+                    if chance.random() < 0.2:
+                        file.truncate(chance.randrange(1 + path.stat().st_size))
+
+    thread = threading.Thread(target=rot)
+    thread.start()
+    try:
+        size = faults.choice([0, 20_000, 1 << 20])
+        options: dict[str, Any] = {"cache": tmp_path, "cache_bytes": size, "bad_samples": "replace"}
+        tuned = store.options(timeout_s=0.4, patience_s=60.0, join_bytes=faults.choice([1, 5000, 1 << 20]))
+        with open_it(url, backend, store_options=tuned, **options) as loader:
+            for batch in batches:
+                found = next(loader)
+                assert torch.equal(found.rows, batch.rows)
+                assert torch.equal(found.images[0], batch.images[0])
+            assert loader.replacements == []
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.timeout(60)  # far above patience and one attempt, far below a hang
