@@ -150,8 +150,10 @@ class SampleReader:
     def close(self) -> None:
         """Stop the threads and close the files."""
         for source in self._sources:
-            source.close()
+            source.stop()
         self._pool.shutdown(cancel_futures=True)
+        for source in self._sources:
+            source.close()
 
     def _source(self, shard: int) -> tuple[ShardSource, int]:
         owner = bisect_right(self._first_shards, shard) - 1

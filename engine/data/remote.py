@@ -128,9 +128,12 @@ class RemoteShards:
             "finds sound."
         )
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """See ShardSource."""
         self._stop.set()
+
+    def close(self) -> None:
+        """See ShardSource."""
         self._ranges.close()
 
 

@@ -52,8 +52,12 @@ class ShardSource(Protocol):
         """What to do about a damaged shard, for messages."""
         ...
 
+    def stop(self) -> None:
+        """Have reads that wait for something give up."""
+        ...
+
     def close(self) -> None:
-        """Close files, and have reads that wait for something give up."""
+        """Close files; nothing is read any more."""
         ...
 
 
@@ -139,6 +143,9 @@ class LocalShards:
     def mending(self, shard: int) -> str:
         """See ShardSource."""
         return f"Run `engine verify {self._name}` to list every damaged sample, then write the shards anew."
+
+    def stop(self) -> None:
+        """See ShardSource."""
 
     def close(self) -> None:
         """See ShardSource."""

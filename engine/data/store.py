@@ -123,6 +123,7 @@ class ObjectStore:
             self._store = from_url(self.url, config=config or None, client_options=client, retry_config=retries)
         except obstore.exceptions.BaseError as error:
             raise ValueError(f"{self.url} cannot be opened: {_first_line(error)}") from None
+        self._answered = False
         self._warned_at = -_WARN_EVERY_S
 
     def read(self, name: str, offset: int, length: int, stop: threading.Event | None = None) -> memoryview:
@@ -164,7 +165,9 @@ class ObjectStore:
         while not stop.is_set():
             attempt += 1
             try:
-                return get()
+                answer = get()
+                self._answered = True
+                return answer
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise StoreError(f"{what}: the store has no such bucket; check the URL and the endpoint") from None
@@ -176,10 +179,10 @@ class ObjectStore:
                 ) from None
             except exceptions.BaseError as error:
                 reason = _reason(error, self.options)
-                if not _may_pass(error):
+                if not _may_pass(error) or (_seeks_credentials(error) and not self._answered):
                     raise StoreError(f"{what} cannot be read: {reason}") from None
             waited = time.monotonic() - began
-            wait = min(_LONGEST_WAIT_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+            wait = min(_LONGEST_WAIT_S, 0.1 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
             if waited + wait > self.options.patience_s:
                 raise StoreError(
                     f"{what} could not be read in {attempt} {'attempts' if attempt > 1 else 'attempt'} and "
@@ -209,17 +212,21 @@ def _status(error: Exception) -> int | None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later."""
-    text = str(error)
-    if "169.254.169.254" in text or "redirect without LOCATION" in text:
-        return False
     status = _status(error)
-    return status is None or status >= 500 or status in _PASSING_STATUS
+    if status is None or _seeks_credentials(error):
+        return "redirect without LOCATION" not in str(error)
+    return status >= 500 or status in _PASSING_STATUS
+
+
+def _seeks_credentials(error: Exception) -> bool:
+    """Whether it is not the store that failed, but the machine's service for credentials: there were no others."""
+    return "/latest/api/token" in str(error) or "/latest/meta-data" in str(error)
 
 
 def _reason(error: Exception, options: StoreOptions) -> str:
     """Say in a few words what obstore says in a page."""
     text = str(error)
-    if "169.254.169.254" in text:
+    if _seeks_credentials(error):
         return "no credentials were found; set AWS_ACCESS_KEY_ID and the others, or AWS_SKIP_SIGNATURE=true"
     if match := _STATUS.search(text):
         return f"HTTP {match[1]} {match[2].strip()}" + (f" ({match[3]})" if match[3] else "")

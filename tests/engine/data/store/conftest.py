@@ -81,6 +81,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:  # a token of the service for credentials
+        self._send(403, {}, b"", 0)
+
     def do_GET(self) -> None:
         self._answer()
 

@@ -255,6 +255,16 @@ def test_wrong_credentials_are_one_sentence(remote: Any, store: Any, monkeypatch
     assert len(store.asked()) == 1  # it is not tried again
 
 
+def test_no_credentials_are_one_sentence(remote: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, url = remote
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{store.endpoint}/metadata")  # which has none
+    with pytest.raises(StoreError, match="no credentials were found; set AWS_ACCESS_KEY_ID") as caught:
+        open_it(url)
+    assert str(caught.value).isprintable()
+
+
 def test_credentials_that_end_during_a_run_are_no_bad_samples(remote: Any, store: Any, backend: Any) -> None:
     _, url = remote
     with open_it(url, backend, bad_samples="replace", cache_bytes=0, store_options=store.options()) as loader:
