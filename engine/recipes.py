@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.config import UsageError, Verbatim, build, nearest, typed
+from engine.data.store import is_url
 from models.config import MODEL_CONFIGS
 from sharding.plan import ShardOptions
 
@@ -19,17 +20,23 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _as_place(value: Any) -> Any:
+    """A URL stays the text it is: a path would lose one of its slashes."""
+    text = _as_text(value)
+    return Path(text) if isinstance(text, str) and not is_url(text) else text
+
+
 def _as_places(value: Any) -> Any:
     """`A,B` is two places, unless there is one of that name; a single place stays one."""
     if isinstance(value, list | tuple):
-        return [_as_text(part) for part in value]
+        return tuple(_as_place(part) for part in value)
     if isinstance(value, str) and "," in value and not Path(value).expanduser().exists():
-        return [_as_text(part.strip()) for part in value.split(",")]
-    return _as_text(value)
+        return tuple(_as_place(part.strip()) for part in value.split(","))
+    return _as_place(value)
 
 
 Place = Annotated[Path, BeforeValidator(_as_text), Verbatim()]
-Places = Annotated[Path | tuple[Path, ...], BeforeValidator(_as_places), Verbatim()]
+Places = Annotated[Path | str | tuple[Path | str, ...], BeforeValidator(_as_places), Verbatim()]
 Text = Annotated[str, BeforeValidator(_as_text), Verbatim()]
 
 
@@ -131,7 +138,7 @@ class OptimRecipe(_Recipe):
 class TrainRecipe(_Recipe):
     """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
 
-    dataset: Places = Field(description="a dataset written by `engine shard`, or several as A,B")
+    dataset: Places = Field(description="folder or URL (s3://...) of a dataset of `engine shard`, or several as A,B")
     where: Annotated[Text | None, Verbatim()] = Field(
         None, description="SQL condition on columns of index.parquet and slides.parquet"
     )
@@ -148,6 +155,10 @@ class TrainRecipe(_Recipe):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, sample order, crops and masks")
     processes: int | Literal["auto"] = Field("auto", description="ranks; auto is one per visible GPU, else one")
     loader: Literal["auto", "dali", "torch"] = Field("auto", description="a named loader never falls back")
+    cache: Place | None = Field(
+        None, description="folder on a local disk for what is read from an object store; null is below ~/.cache"
+    )
+    cache_gib: float = Field(16.0, ge=0, description="how much of the samples it keeps")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on a GPU, fp32 on the CPU")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
@@ -162,9 +173,14 @@ class TrainRecipe(_Recipe):
         return self
 
     @property
-    def datasets(self) -> tuple[Path, ...]:
-        """`dataset` as a tuple."""
-        return (self.dataset,) if isinstance(self.dataset, Path) else self.dataset
+    def datasets(self) -> tuple[Path | str, ...]:
+        """`dataset` as a tuple; the URLs among them are text."""
+        return self.dataset if isinstance(self.dataset, tuple) else (self.dataset,)
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_gib` in bytes."""
+        return int(self.cache_gib * 2**30)
 
 
 def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:

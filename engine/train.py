@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import warnings
+from pathlib import Path
 from typing import Any
 
 from engine.config import UsageError
@@ -27,8 +28,13 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
     Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
     """
-    datasets = tuple(path.expanduser().resolve() for path in recipe.datasets)
-    places = {"dataset": datasets if len(datasets) > 1 else datasets[0], "run": recipe.run.expanduser().resolve()}
+    datasets = tuple(each.expanduser().resolve() if isinstance(each, Path) else each for each in recipe.datasets)
+    places: dict[str, Any] = {
+        "dataset": datasets if len(datasets) > 1 else datasets[0],
+        "run": recipe.run.expanduser().resolve(),
+    }
+    if recipe.cache is not None:
+        places["cache"] = recipe.cache.expanduser().resolve()
     recipe = recipe.model_copy(update=places)
     _check_datasets(recipe)
     given = ranks_from_environment()
@@ -48,7 +54,7 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 def _check_datasets(recipe: TrainRecipe) -> None:
     try:
-        datasets = open_datasets(recipe.datasets)
+        datasets = open_datasets(recipe.datasets, cache=recipe.cache, cache_bytes=recipe.cache_bytes)
         select(datasets, where=recipe.where, by=recipe.balance)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -155,6 +161,8 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
             device=runtime.device,
             where=recipe.where,
             balance=Balance(recipe.balance) if recipe.balance else None,
+            cache=recipe.cache,
+            cache_bytes=recipe.cache_bytes,
         )
         with loader:
             start, seen = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)

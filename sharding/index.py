@@ -137,6 +137,15 @@ class Dataset:
         """Path of each shard's tar; the position is the shard number of `rows`."""
         return [self.path / "shards" / f"{name}.tar" for name in self.shard_names]
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its path."""
+        return str(self.path)
+
+    def file(self, name: str) -> Path:
+        """Where its index.parquet or slides.parquet can be read."""
+        return self.path / name
+
 
 def content_digest(meta: dict[str, Any]) -> str:
     """The digest of a dataset: SHA-256 over what dataset.json says of content, hexadecimal.
@@ -160,14 +169,21 @@ def read_meta(dataset: Path) -> dict[str, Any]:
     """
     if not dataset.is_dir():
         raise ValueError(f"{dataset} is not a folder: expected a dataset written by `engine shard`.")
-    path = dataset / "dataset.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        data = (dataset / "dataset.json").read_bytes()
     except FileNotFoundError:
         raise ValueError(
             f"{dataset} holds no dataset.json: it is no dataset, or `engine shard` has not finished it. "
             "Run the same `engine shard` again to finish it."
         ) from None
+    return checked_meta(data, str(dataset))
+
+
+def checked_meta(data: bytes, dataset: str) -> dict[str, Any]:
+    """The content of `dataset`'s dataset.json as a dict, checked against its own digest. Raises like `read_meta`."""
+    path = f"{dataset}/dataset.json"
+    try:
+        meta = json.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DatasetDamagedError(f"{path} is damaged: {error}") from None
     if isinstance(meta, dict) and isinstance(version := meta.get("format_version"), int) and version > FORMAT_VERSION:
@@ -190,14 +206,19 @@ def open_dataset(path: Path | str) -> Dataset:
     """
     path = Path(path)
     meta = read_meta(path)
-    rows_path = path / "rows.bin"
-    size = rows_path.stat().st_size if rows_path.is_file() else -1
+    rows = map_rows(path / "rows.bin", meta, str(path))
+    return Dataset(path=path, meta=meta, rows=rows, shard_names=[shard["name"] for shard in meta["shards"]])
+
+
+def map_rows(path: Path, meta: dict[str, Any], dataset: str) -> npt.NDArray[np.void]:
+    """Map the rows.bin of `dataset`, which lies at `path`. Raises DatasetDamagedError where it has another size."""
+    size = path.stat().st_size if path.is_file() else -1
     expected = int(meta["counts"]["patches"]) * ROW_DTYPE.itemsize
     if size != expected:
+        found = f"has {size} bytes" if size >= 0 else "is missing"
         raise DatasetDamagedError(
-            f"{rows_path} has {size} bytes, dataset.json says {expected} "
+            f"{dataset}/rows.bin {found}, dataset.json says {expected} bytes "
             f"({meta['counts']['patches']} patches of {ROW_DTYPE.itemsize}): the dataset is damaged, "
-            f"see `engine verify {path}`."
+            f"see `engine verify {dataset}`."
         )
-    rows = np.memmap(rows_path, dtype=ROW_DTYPE, mode="r") if size else np.empty(0, ROW_DTYPE)
-    return Dataset(path=path, meta=meta, rows=rows, shard_names=[shard["name"] for shard in meta["shards"]])
+    return np.memmap(path, dtype=ROW_DTYPE, mode="r") if size else np.empty(0, ROW_DTYPE)

@@ -23,6 +23,7 @@ ALLOWED = {
 SOLE_IMPORTER = {
     "ray": "engine/cluster.py",
     "nvidia": "engine/data/dali_loader.py",
+    "obstore": "engine/data/store.py",
     "cucim": "sharding/readers/cucim_reader.py",
     "openslide": "sharding/readers/openslide_reader.py",
     "zarr": "engine/stores/zarr_store.py",
@@ -33,7 +34,7 @@ FORBIDDEN = {
     "sharding": {"torch", "torchvision", "ray", "nvidia", "timm", "zarr", "pydantic", "typer"},
     "models": {"ray", "nvidia", "cucim", "openslide", "zarr", "pyarrow"},
 }
-HEAVY = ("torch", "ray", "nvidia.dali", "cucim", "openslide", "zarr")
+HEAVY = ("torch", "ray", "nvidia.dali", "cucim", "openslide", "zarr", "obstore")
 
 
 def _modules() -> list[Path]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from engine.data.order import SampleStream as SampleStream
     from engine.data.reading import BadSampleError as BadSampleError
     from engine.data.reading import Replacement as Replacement
+    from engine.data.store import StoreError as StoreError
+    from engine.data.store import StoreOptions as StoreOptions
     from engine.data.views import CropView as CropView
     from engine.data.views import dino_views as dino_views
     from engine.data.weighted import Balance as Balance
@@ -31,6 +33,8 @@ _MODULE_OF = {
     "PatchLoader": "loader",
     "Replacement": "reading",
     "SampleStream": "order",
+    "StoreError": "store",
+    "StoreOptions": "store",
     "StreamLoader": "opening",
     "dino_views": "views",
     "open_loader": "opening",
@@ -47,6 +51,8 @@ __all__ = [
     "PatchLoader",
     "Replacement",
     "SampleStream",
+    "StoreError",
+    "StoreOptions",
     "StreamLoader",
     "dino_views",
     "open_loader",

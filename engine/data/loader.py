@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,13 +20,23 @@ import torch
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
 from engine.data.order import Stream, rank_positions
-from engine.data.reading import Sample, SampleReader
+from engine.data.reading import Pending, Sample, SampleReader
 from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
 
 Rows = npt.NDArray[np.int64]
 
-_BATCHES_READ_AHEAD = 3  # beside those inside the decoder; encoded batches are small
+_BATCHES_READ_AHEAD = 3  # at least, beside those inside the decoder; encoded batches are small
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A batch that is being read."""
+
+    positions: range
+    rows: Rows
+    present: npt.NDArray[np.bool_] | None = None
+    reads: list[Pending] = field(default_factory=list)
 
 
 class PatchLoader:
@@ -52,6 +63,9 @@ class PatchLoader:
         self._stream = stream
         self._digest = str(dataset.meta["digest"])
         self._batch_size_per_rank = batch_size_per_rank
+        self._batches_at_once = reader.batches_at_once(
+            batch_size_per_rank * (1 if regions is None else regions.shape[1])
+        )
         self._views = tuple(views)
         self._rank = rank
         self._world_size = world_size
@@ -153,34 +167,40 @@ class PatchLoader:
 
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
-        pending: deque[tuple[range, Rows, npt.NDArray[np.bool_] | None, list[Future[list[Sample]]]]] = deque()
+        pending: deque[_Ahead] = deque()
         step = 0
         try:
             while True:
-                while len(pending) < _BATCHES_READ_AHEAD:
-                    positions = rank_positions(
-                        step, self._batch_size_per_rank, self._rank, self._world_size, first=first
-                    )
-                    rows = self._stream.rows(positions.start, len(positions))
-                    present = None
-                    if self._regions is not None:
-                        rows = self._regions[rows]
-                        present = rows >= 0
-                        # Decoders want full batches, so another patch of the region stands in for a missing one.
-                        rows = np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1)
-                    pending.append((positions, rows, present, self._reader.submit(rows)))
-                    step += 1
-                positions, rows, present, reads = pending.popleft()
-                samples = [sample for read in reads for sample in read.result()]
+                while len(pending) < max(_BATCHES_READ_AHEAD, self._batches_at_once + 1):
+                    together = [self._ahead(first, step + number) for number in range(self._batches_at_once)]
+                    reads = iter(self._reader.submit(np.concatenate([batch.rows for batch in together])))
+                    for batch in together:
+                        batch.reads = list(islice(reads, len(batch.rows)))
+                    pending.extend(together)
+                    step += self._batches_at_once
+                batch = pending.popleft()
+                samples = self._reader.collect(batch.reads)
                 # All patches of a region share its position, and with it every draw.
-                per_row = np.arange(positions.start, positions.stop).repeat(len(rows) // len(positions))
-                yield self._planned(per_row, rows, samples, present)
+                per_row = np.arange(batch.positions.start, batch.positions.stop)
+                per_row = per_row.repeat(len(batch.rows) // len(per_row))
+                yield self._planned(per_row, batch.rows, samples, batch.present)
         except Exception as failure:
             self._failure = failure
         finally:
-            for *_, reads in pending:
-                for read in reads:
-                    read.cancel()
+            for batch in pending:
+                for read in batch.reads:
+                    read.task.cancel()
+
+    def _ahead(self, first: int, step: int) -> _Ahead:
+        """Plan the batch that is `step` after the one at global position `first`."""
+        positions = rank_positions(step, self._batch_size_per_rank, self._rank, self._world_size, first=first)
+        rows = self._stream.rows(positions.start, len(positions))
+        if self._regions is None:
+            return _Ahead(positions, rows)
+        rows = self._regions[rows]
+        present = rows >= 0
+        # Decoders want full batches, so another patch of the region stands in for a missing one.
+        return _Ahead(positions, np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1), present)
 
     def _planned(
         self, positions: Rows, rows: Rows, samples: list[Sample], present: npt.NDArray[np.bool_] | None

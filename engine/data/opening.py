@@ -18,6 +18,7 @@ from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions
 from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
 from engine.data.regions import patches_per_sample, region_rows
 from engine.data.selection import Selection, identity, open_datasets, select
+from engine.data.store import DEFAULT_CACHE_BYTES, StoreOptions
 from engine.data.views import CropView
 from engine.data.weighted import Balance, WeightedStream, class_shares
 from engine.runtime import usable_cores
@@ -114,11 +115,11 @@ class StreamLoader(PatchLoader):
     def _substitute(self, position: int, fault: BadSampleError) -> tuple[int, Sample]:
         """Return the row and the sample that are delivered at a position whose own sample is bad."""
         for attempt in range(_SUBSTITUTES_TRIED):
-            row = self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)
-            (sample,) = self._reader.read(row)
+            row = int(self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)[0])
+            sample = self._reader.read_one(row)
             if sample.fault is None:
-                self._planned_replacements[position] = Replacement(position, fault.row, int(row[0]), fault)
-                return int(row[0]), sample
+                self._planned_replacements[position] = Replacement(position, fault.row, row, fault)
+                return row, sample
         raise RuntimeError(f"{_SUBSTITUTES_TRIED} substitutes of a bad sample are bad as well: {fault}") from fault
 
 
@@ -138,20 +139,27 @@ def open_loader(
     balance: Balance | None = None,
     locality: Blocks | None = None,
     bad_samples: BadSamples = "fail",
+    store_options: StoreOptions | None = None,
+    cache: Path | str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> StreamLoader:
     """Open an endless, shuffled stream of batches, at `seen` samples (of all ranks) after its beginning.
 
-    dataset: one dataset, or several that are loaded as one; rows are then numbered through. where: an SQL condition
+    dataset: one dataset, or several that are loaded as one; rows are then numbered through. A dataset in an object
+    store is given by its URL (s3://BUCKET/PREFIX); store_options, cache (a folder on a local disk) and cache_bytes
+    (of samples that it keeps) say how it is read, see `open_remote_dataset`. where: an SQL condition
     over the columns of index.parquet and slides.parquet, see `selection.select`. balance: classes by their weights, not
     each row once per epoch. locality: neighbouring rows near each other. bad_samples: "replace" delivers another row
-    in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError.
+    in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError. A
+    store that cannot be reached raises StoreError in either case.
 
     backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
     "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
     this process may use, at most 16. Raises ValueError for what cannot work (a crop larger than the patches, a rank
     that does not exist) and ImportError for a named backend that is missing, both before any thread starts.
     """
-    datasets = open_datasets([dataset] if isinstance(dataset, Dataset | Path | str) else dataset)
+    given = [dataset] if isinstance(dataset, Dataset | Path | str) else dataset
+    datasets = open_datasets(given, store_options=store_options, cache=cache, cache_bytes=cache_bytes)
     checked_seen(seen)
     rank_positions(0, batch_size_per_rank, rank, world_size)
     if not views:
@@ -181,7 +189,7 @@ def open_loader(
         device=_resolve_device(device),
         reader=reader,
     )
-    names = ", ".join(str(each.path) for each in datasets)
+    names = ", ".join(each.name for each in datasets)
     _log.info("loading %d samples of %s with %s on %s", num_rows, names, decoder.backend, decoder.device)
     return StreamLoader(
         datasets,

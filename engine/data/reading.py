@@ -1,4 +1,4 @@
-"""Encoded samples by row number: one `pread` each, checked before anything decodes it.
+"""Encoded samples by row number: read where they lie, checked before anything decodes them.
 
 Decoders cannot be trusted to notice damage (DALI decodes a half-random JPEG without an error), so each sample has to
 agree with the index (length, crc32), with its own tar header and with the dataset's patch size.
@@ -6,45 +6,44 @@ agree with the index (length, crc32), with its own tar header and with the datas
 
 from __future__ import annotations
 
-import os
+import functools
+import io
 import re
-import threading
 import zlib
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.sources import LocalShards, ShardSource, in_tasks, joined
 from sharding.index import ROW_DTYPE, Dataset
 
 _HEADER_BYTES = 512  # a USTAR header; it stands right before its member's payload
 _MEMBER_NAME = re.compile(rb"([0-9a-f]{16})\.jpg\0")
-_MAX_OPEN_SHARDS = 128
-_ROWS_PER_TASK = 16  # large enough to hide the cost of a task, small enough that threads share a batch
+_TABLES_KEPT = 4  # of keys, for messages
+_MOST_BATCHES_AT_ONCE = 32
+_LENGTHS_LOOKED_AT = 1000
 
 
 class BadSampleError(RuntimeError):
     """A stored sample is not what the index says it is. `shard` and `key` name it; `reason` says what was found."""
 
-    def __init__(self, shard: str, key: str, reason: str, row: int = -1, dataset: Path | None = None) -> None:
+    def __init__(self, shard: str, key: str, reason: str, row: int = -1, mending: str = "") -> None:
         # All of it as args, so that the error survives pickling on its way out of a worker process.
-        super().__init__(shard, key, reason, row, dataset)
+        super().__init__(shard, key, reason, row, mending)
         self.shard = shard
         self.key = key
         self.reason = reason
         self.row = row
-        self.dataset = dataset
+        self.mending = mending
 
     def __str__(self) -> str:
-        return (
-            f"bad sample {self.key} in shard {self.shard} (row {self.row}): {self.reason}. "
-            f"Run `engine verify {self.dataset or 'DATASET'}` to list every damaged sample, then write the shards anew."
-        )
+        return f"bad sample {self.key} in shard {self.shard} (row {self.row}): {self.reason}. {self.mending}".rstrip()
 
 
 class Sample(NamedTuple):
@@ -65,18 +64,22 @@ class Replacement:
     fault: BadSampleError = field(compare=False)
 
 
-class _OpenShard:
-    """A file descriptor that closes once nobody holds it: an eviction must not close it under a reading thread."""
+class _Entry(NamedTuple):
+    """Where a row's sample lies; `shard` is numbered through all datasets."""
 
-    __slots__ = ("fd",)
+    row: int
+    shard: int
+    offset: int
+    length: int
+    crc32: int
 
-    def __init__(self, path: Path) -> None:
-        self.fd = -1  # __del__ runs even where the next line fails
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One sample that is being read: the task that reads it, and its place in what the task returns."""
+
+    task: Future[list[Sample]]
+    place: int
 
 
 class SampleReader:
@@ -86,34 +89,59 @@ class SampleReader:
     replaced; without, it raises BadSampleError. Raises ValueError where datasets hold patches of different sizes.
     """
 
-    def __init__(self, datasets: Dataset | Sequence[Dataset], *, threads: int = 4, keep_faults: bool = False) -> None:
+    def __init__(self, datasets: Dataset | Sequence[Dataset], *, keep_faults: bool = False) -> None:
         self._datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
         self._first_rows = _firsts([dataset.num_rows for dataset in self._datasets])
-        self._first_shards = _firsts([len(dataset.shard_names) for dataset in self._datasets])
-        self._shard_paths = [path for dataset in self._datasets for path in dataset.shard_paths]
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._first_shards = _firsts([len(dataset.shard_names) for dataset in self._datasets]).tolist()
         self._keep_faults = keep_faults
         self._condemned: dict[int, BadSampleError] = {}
         self.patch_px = _patch_px(self._datasets)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sample-reader")
+        self._sources = [_open_source(dataset) for dataset in self._datasets]
+        # Datasets of several kinds are read like the one that is farthest away.
+        self._manner = max(self._sources, key=lambda source: source.read_ahead_bytes)
+        self._pool = ThreadPoolExecutor(self._manner.threads, thread_name_prefix="sample-reader")
+        self._keys = functools.lru_cache(_TABLES_KEPT)(self._read_keys)
 
-    def submit(self, rows: npt.NDArray[np.int64]) -> list[Future[list[Sample]]]:
-        """Start reading rows (int64[n]) in threads; the results in turn are the samples in the order of `rows`."""
-        chunks = (rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK))
-        return [self._pool.submit(self.read, chunk) for chunk in chunks]
+    def batches_at_once(self, rows: int) -> int:
+        """How many batches of so many rows are best submitted together, so that what lies together is read as one."""
+        if not self._manner.read_ahead_bytes:
+            return 1
+        entries = self._datasets[0].rows
+        mean_length = float(entries["length"][:: 1 + len(entries) // _LENGTHS_LOOKED_AT].mean())
+        # Half of what is read ahead: one half is on its way while the other is used.
+        return int(np.clip(self._manner.read_ahead_bytes / 2 / (rows * mean_length), 1, _MOST_BATCHES_AT_ONCE))
 
-    def read(self, rows: npt.NDArray[np.int64]) -> list[Sample]:
-        """Read rows (int64[n]) one after the other. Raises BadSampleError for the first one that is damaged."""
-        # tolist makes Python numbers of all fields at once; element by element costs more than the checks.
-        entries = self._entries(rows).tolist()
-        return [self._read_one(row, *entry) for row, entry in zip(rows.tolist(), entries, strict=True)]
+    def submit(self, rows: npt.NDArray[np.int64]) -> list[Pending]:
+        """Start reading rows (int64[n]) in threads; `collect` waits for the samples."""
+        found = self._entries(rows)
+        entries = _listed(rows, found)
+        pending: dict[int, Pending] = {}
+        for task in in_tasks(self._groups(found), self._manner.rows_per_task):
+            future = self._pool.submit(self._read_groups, [[entries[place] for place in group] for group in task])
+            pending |= {place: Pending(future, number) for number, place in enumerate(chain.from_iterable(task))}
+        return [pending[place] for place in range(len(rows))]
+
+    def collect(self, pending: Sequence[Pending]) -> list[Sample]:
+        """Return the samples in their order. Raises BadSampleError for the first that is damaged, see `keep_faults`."""
+        samples = [each.task.result()[each.place] for each in pending]
+        if not self._keep_faults:
+            for sample in samples:
+                if sample.fault is not None:
+                    raise sample.fault
+        return samples
+
+    def read_one(self, row: int) -> Sample:
+        """Read one row, now and in this thread. Raises like `collect`."""
+        (sample,) = self._read_group([self._entry(row)])
+        if sample.fault is not None and not self._keep_faults:
+            raise sample.fault
+        return sample
 
     def bad_sample(self, row: int, reason: str) -> BadSampleError:
         """Describe a damaged sample by its shard and key, for whoever found the damage (a decoder, for one)."""
-        shard, offset, _, _ = self._entries(np.array([row]))[0].tolist()
-        path = self._shard_paths[shard]
-        return BadSampleError(path.stem, self._key(path, offset), reason, row, path.parents[1])
+        entry = self._entry(row)
+        source, shard = self._source(entry.shard)
+        return BadSampleError(source.names[shard], self._key(entry), reason, row, source.mending(shard))
 
     def condemn(self, error: BadSampleError) -> None:
         """Treat a sample as damaged from now on: its bytes are as written, but it does not decode."""
@@ -121,9 +149,15 @@ class SampleReader:
 
     def close(self) -> None:
         """Stop the threads and close the files."""
+        for source in self._sources:
+            source.stop()
         self._pool.shutdown(cancel_futures=True)
-        with self._lock:
-            self._open.clear()
+        for source in self._sources:
+            source.close()
+
+    def _source(self, shard: int) -> tuple[ShardSource, int]:
+        owner = bisect_right(self._first_shards, shard) - 1
+        return self._sources[owner], shard - self._first_shards[owner]
 
     def _entries(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """Return the rows' entries as ROW_DTYPE[n], their shards numbered through all datasets."""
@@ -134,75 +168,128 @@ class SampleReader:
         for owner in np.unique(owners):
             chosen = owners == owner
             part = self._datasets[owner].rows[rows[chosen] - self._first_rows[owner]]
-            part["shard"] += int(self._first_shards[owner])
+            part["shard"] += self._first_shards[owner]
             entries[chosen] = part
         return entries
 
-    def _read_one(self, row: int, shard: int, offset: int, length: int, crc32: int) -> Sample:
-        try:
-            if row in self._condemned:
-                raise self._condemned[row]
-            return self._read_sound(row, shard, offset, length, crc32)
-        except BadSampleError as error:
-            if not self._keep_faults:
-                raise
-            return Sample(0, np.empty(0, np.uint8), error)
+    def _entry(self, row: int) -> _Entry:
+        rows = np.array([row])
+        return _listed(rows, self._entries(rows))[0]
 
-    def _read_sound(self, row: int, shard: int, offset: int, length: int, crc32: int) -> Sample:
+    def _groups(self, entries: npt.NDArray[np.void]) -> list[list[int]]:
+        """Say which of the entries (ROW_DTYPE[n]) are read as one, headers included."""
+        return joined(
+            entries["shard"],
+            entries["offset"].astype(np.int64) - _HEADER_BYTES,
+            entries["length"].astype(np.int64) + _HEADER_BYTES,
+            gap_bytes=self._manner.join_gap_bytes,
+            most_bytes=self._manner.join_bytes,
+        )
+
+    def _read_groups(self, groups: list[list[_Entry]]) -> list[Sample]:
+        """Read entries, those of a group as one piece; the samples come in the order of the groups."""
+        return [sample for group in groups for sample in self._read_group(group)]
+
+    def _read_group(self, group: list[_Entry]) -> list[Sample]:
+        samples = [self._at_hand(entry) for entry in group]
+        places = [place for place, sample in enumerate(samples) if sample is None]
+        missing = [group[place] for place in places]
+        pieces = [list(range(len(missing)))] if missing else []
+        if len(missing) < len(group):  # what lay together may now be apart
+            pieces = self._groups(np.array([entry[1:] for entry in missing], ROW_DTYPE))
+        for piece in pieces:
+            for place, sample in zip(piece, self._read_piece([missing[place] for place in piece]), strict=True):
+                samples[places[place]] = sample
+        return [sample for sample in samples if sample is not None]
+
+    def _at_hand(self, entry: _Entry) -> Sample | None:
+        """Return what needs no reading: a sample that was condemned, or one from the cache, if it is sound."""
+        if entry.row in self._condemned:
+            return _fault(self._condemned[entry.row])
+        source, shard = self._source(entry.shard)
+        data = source.cached(shard, entry.offset - _HEADER_BYTES, _HEADER_BYTES + entry.length)
+        found = self._checked(entry, memoryview(data)) if data else None
+        return found if isinstance(found, Sample) else None
+
+    def _read_piece(self, piece: list[_Entry]) -> list[Sample]:
+        source, shard = self._source(piece[0].shard)
+        start = piece[0].offset - _HEADER_BYTES
         try:
-            # pread, not mmap: a mapped file that is truncated kills the process. Bound to a name, so that the
-            # descriptor stays open during the read.
-            file = self._open_shard(shard)
-            data = os.pread(file.fd, _HEADER_BYTES + length, offset - _HEADER_BYTES)
+            data = source.read(shard, start, max(entry.offset + entry.length for entry in piece) - start)
         except OSError as error:
-            raise self.bad_sample(row, f"it cannot be read ({error})") from error
-        if len(data) < _HEADER_BYTES + length:
-            missing = _HEADER_BYTES + length - len(data)
-            raise self.bad_sample(row, f"the shard ends {missing} bytes before the sample does (truncated?)")
-        name = _header_name(data, length)
+            if len(piece) > 1 and not isinstance(error, FileNotFoundError):  # some of it may be readable
+                return [sample for entry in piece for sample in self._read_piece([entry])]
+            return [_fault(self.bad_sample(entry.row, f"it cannot be read ({error})")) for entry in piece]
+        samples = []
+        for entry in piece:
+            at = entry.offset - _HEADER_BYTES - start
+            part = data[at : at + _HEADER_BYTES + entry.length]
+            if len(piece) > 1:  # a sample must not keep the whole piece in memory
+                part = memoryview(bytes(part))
+            found = self._checked(entry, part)
+            samples.append(found if isinstance(found, Sample) else _fault(self.bad_sample(entry.row, found)))
+        return samples
+
+    def _checked(self, entry: _Entry, data: memoryview) -> Sample | str:
+        """Return the sample in `data`, a header and a payload, or say what is wrong with it."""
+        missing = _HEADER_BYTES + entry.length - len(data)
+        if missing:
+            return f"the shard ends {missing} bytes before the sample does (truncated?)"
+        name = _header_name(bytes(data[:_HEADER_BYTES]), entry.length)
         if name is None:
-            raise self.bad_sample(row, "the tar header before it is damaged, or belongs to something else")
-        found = zlib.crc32(memoryview(data)[_HEADER_BYTES:])
-        if found != crc32:
-            raise self.bad_sample(row, f"its bytes have crc32 {found:08x}, the index says {crc32:08x}")
+            return "the tar header before it is damaged, or belongs to something else"
+        found = zlib.crc32(data[_HEADER_BYTES:])
+        if found != entry.crc32:
+            return f"its bytes have crc32 {found:08x}, the index says {entry.crc32:08x}"
         size_px = jpeg_size(data, _HEADER_BYTES)
         if size_px != (self.patch_px, self.patch_px):
             shown = "no JPEG" if size_px is None else f"a JPEG of {size_px[0]} x {size_px[1]} px"
-            raise self.bad_sample(row, f"it is {shown}, expected {self.patch_px} x {self.patch_px} px")
-        return Sample(int(name, 16), np.frombuffer(data, np.uint8, length, _HEADER_BYTES))
+            return f"it is {shown}, expected {self.patch_px} x {self.patch_px} px"
+        return Sample(int(name, 16), np.frombuffer(data, np.uint8, entry.length, _HEADER_BYTES))
 
-    def _open_shard(self, shard: int) -> _OpenShard:
-        with self._lock:
-            file = self._open.get(shard)
-            if file is not None:
-                self._open.move_to_end(shard)
-                return file
-        # Opened outside the lock: on a network file system this takes milliseconds. Two threads may both do it.
-        file = _OpenShard(self._shard_paths[shard])
-        with self._lock:
-            file = self._open.setdefault(shard, file)
-            while len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return file
-
-    def _key(self, shard_path: Path, offset: int) -> str:
+    def _key(self, entry: _Entry) -> str:
         """Find a sample's key; only for messages. The shard's table knows it even where the header is damaged."""
+        if (key := self._keys(entry.shard).get(entry.offset)) is not None:
+            return key
+        source, shard = self._source(entry.shard)
+        try:
+            match = _MEMBER_NAME.match(source.read(shard, entry.offset - _HEADER_BYTES, 32))
+        except (OSError, RuntimeError):
+            match = None
+        return match[1].decode() if match else f"<unreadable, payload at byte {entry.offset}>"
+
+    def _read_keys(self, shard: int) -> dict[int, str]:
+        """Return the keys of a shard by their offsets, none where its table is damaged or out of reach."""
         import pyarrow.parquet as pq
 
+        source, number = self._source(shard)
         try:
-            table = pq.read_table(
-                shard_path.with_suffix(".parquet"), columns=["key"], filters=[("offset", "=", offset)]
-            )
-            if table.num_rows == 1:
-                return str(table.column("key")[0].as_py())
-        except (OSError, ValueError):  # no such file, or damaged as well (pyarrow's errors derive from these two)
-            pass
-        try:
-            file = _OpenShard(shard_path)
-            match = _MEMBER_NAME.match(os.pread(file.fd, 32, offset - _HEADER_BYTES))
-        except OSError:
-            match = None
-        return match[1].decode() if match else f"<unreadable, payload at byte {offset}>"
+            table = pq.read_table(io.BytesIO(source.table(number)), columns=["key", "offset"])
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # pyarrow's errors derive from the first two, a store's from the last
+            return {}
+        return dict(zip(table.column("offset").to_pylist(), table.column("key").to_pylist(), strict=True))
+
+
+def _open_source(dataset: Dataset) -> ShardSource:
+    if type(dataset) is Dataset:
+        return LocalShards(dataset)
+    from engine.data.remote import RemoteDataset, RemoteShards
+
+    assert isinstance(dataset, RemoteDataset)
+    return RemoteShards(dataset)
+
+
+def _listed(rows: npt.NDArray[np.int64], entries: npt.NDArray[np.void]) -> list[_Entry]:
+    # tolist makes Python numbers of all fields at once; element by element costs more than the checks.
+    return [_Entry(row, *entry) for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)]
+
+
+def _fault(error: BadSampleError) -> Sample:
+    return Sample(0, np.empty(0, np.uint8), error)
 
 
 def _firsts(counts: list[int]) -> npt.NDArray[np.int64]:
@@ -217,10 +304,10 @@ def _patch_px(datasets: list[Dataset]) -> int:
         try:
             sizes_px.append(int(dataset.meta["recipe"]["context_px"]))
         except KeyError:
-            raise ValueError(f"{dataset.path / 'dataset.json'} does not state recipe.context_px") from None
+            raise ValueError(f"{dataset.name}/dataset.json does not state recipe.context_px") from None
         if sizes_px[-1] != sizes_px[0]:
             raise ValueError(
-                f"{dataset.path} holds patches of {sizes_px[-1]} px, {datasets[0].path} of {sizes_px[0]} px: "
+                f"{dataset.name} holds patches of {sizes_px[-1]} px, {datasets[0].name} of {sizes_px[0]} px: "
                 "datasets that are loaded together need one context_px"
             )
     return sizes_px[0]
@@ -240,7 +327,7 @@ def _header_name(data: bytes, length: int) -> bytes | None:
     return match[1]
 
 
-def jpeg_size(data: bytes, start: int = 0) -> tuple[int, int] | None:
+def jpeg_size(data: bytes | memoryview, start: int = 0) -> tuple[int, int] | None:
     """Return (width, height) in px from a JPEG stream's frame header, None where there is no such header.
 
     The stream begins at data[start]. Only markers are walked, which is far cheaper than asking a decoder.

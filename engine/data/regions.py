@@ -23,7 +23,7 @@ def patches_per_sample(dataset: Dataset, views: Sequence[CropView]) -> int:
         return 1
     side = dataset.meta["recipe"].get("region_patches")
     if side is None:
-        raise ValueError(f"{dataset.path} has no regions: shard with region_patches, or leave out the views' region")
+        raise ValueError(f"{dataset.name} has no regions: shard with region_patches, or leave out the views' region")
     return int(side) ** 2
 
 
@@ -39,7 +39,7 @@ def region_rows(dataset: Dataset, views: Sequence[CropView]) -> npt.NDArray[np.i
     import pyarrow.parquet as pq
 
     side = int(dataset.meta["recipe"]["region_patches"])
-    table = pq.read_table(dataset.path / "index.parquet", columns=["region", "row", "col"])
+    table = pq.read_table(dataset.file("index.parquet"), columns=["region", "row", "col"])
     row, col = (table.column(name).to_numpy() % side for name in ("row", "col"))
     numbers, region = np.unique(table.column("region").to_numpy(), return_inverse=True)
     rows = np.full((len(numbers), per_region), -1, dtype=np.int64)
@@ -47,7 +47,7 @@ def region_rows(dataset: Dataset, views: Sequence[CropView]) -> npt.NDArray[np.i
     num_partial = int((rows < 0).any(axis=1).sum())
     if num_partial and views[0].region == "whole":
         raise ValueError(
-            f"{num_partial} of {len(rows)} regions of {dataset.path} lack patches (the slide ends inside them, or "
+            f"{num_partial} of {len(rows)} regions of {dataset.name} lack patches (the slide ends inside them, or "
             "patches are damaged): use region='padded', which says what is there"
         )
     return rows

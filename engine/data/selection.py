@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import nearest
+from engine.data.store import DEFAULT_CACHE_BYTES, StoreOptions, is_url
 from sharding.index import Dataset, DatasetDamagedError, open_dataset
 
 if TYPE_CHECKING:
@@ -36,18 +37,36 @@ class Selection:
     labels: tuple[str, ...] = ()
 
 
-def open_datasets(given: Iterable[Dataset | Path | str]) -> list[Dataset]:
-    """Open datasets that are loaded as one. Raises ValueError where one is empty or given twice, or there is none."""
-    datasets = [each if isinstance(each, Dataset) else open_dataset(each) for each in given]
+def open_datasets(
+    given: Iterable[Dataset | Path | str],
+    *,
+    store_options: StoreOptions | None = None,
+    cache: Path | str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> list[Dataset]:
+    """Open datasets that are loaded as one, those given by a URL as `open_remote_dataset` does.
+
+    Raises ValueError where one is empty or given twice, or there is none.
+    """
+    datasets: list[Dataset] = []
+    for place in given:
+        if isinstance(place, Dataset):
+            datasets.append(place)
+        elif isinstance(place, str) and is_url(place):
+            from engine.data.remote import open_remote_dataset
+
+            datasets.append(open_remote_dataset(place, options=store_options, cache=cache, cache_bytes=cache_bytes))
+        else:
+            datasets.append(open_dataset(place))
     if not datasets:
         raise ValueError("dataset is an empty list: a loader needs at least one dataset")
     by_digest: dict[str, Dataset] = {}
     for each in datasets:
         if each.num_rows == 0:
-            raise ValueError(f"{each.path} holds no samples")
+            raise ValueError(f"{each.name} holds no samples")
         digest = str(each.meta["digest"])
         if digest in by_digest:
-            raise ValueError(f"{by_digest[digest].path} and {each.path} hold the same samples: give each dataset once")
+            raise ValueError(f"{by_digest[digest].name} and {each.name} hold the same samples: give each dataset once")
         by_digest[digest] = each
     return datasets
 
@@ -107,7 +126,7 @@ def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFra
 
     index, slides = (_scan(dataset, name) for name in ("index.parquet", "slides.parquet"))
     if (height := index.select(pl.len()).collect().item()) != dataset.num_rows:
-        raise DatasetDamagedError(f"{dataset.path / 'index.parquet'} has {height} rows, not {dataset.num_rows}")
+        raise DatasetDamagedError(f"{dataset.name}/index.parquet has {height} rows, not {dataset.num_rows}")
     index_columns = index.collect_schema().names()
     slide_columns = [name for name in slides.collect_schema().names() if name != "slide_id"]
     renamed = {name: f"slide_{name}" if name in index_columns else name for name in slide_columns}
@@ -116,7 +135,7 @@ def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFra
         condition = pl.lit(True) if where is None else pl.sql_expr(where)
         needed = set(condition.meta.root_names()) | ({by} if by is not None else set())
         if unknown := sorted(needed - set(known)):
-            raise ValueError(f"{dataset.path} has no column {unknown[0]!r}{nearest(unknown[0], known)}")
+            raise ValueError(f"{dataset.name} has no column {unknown[0]!r}{nearest(unknown[0], known)}")
         joined = index.with_row_index(_ROW)
         if needed - set(index_columns):
             joined = joined.join(slides.rename(renamed), on="slide_id", how="left", validate="m:1")
@@ -127,16 +146,15 @@ def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFra
         return joined.filter(condition).select(wanted).collect(engine="streaming").sort(_ROW)
     except pl.exceptions.PolarsError as error:
         reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"where={where!r} cannot be applied to {dataset.path}: {reason}") from error
+        raise ValueError(f"where={where!r} cannot be applied to {dataset.name}: {reason}") from error
 
 
 def _scan(dataset: Dataset, name: str) -> pl.LazyFrame:
     import polars as pl
 
-    path = dataset.path / name
     try:
-        table = pl.scan_parquet(path)
+        table = pl.scan_parquet(dataset.file(name))
         table.collect_schema()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise DatasetDamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DatasetDamagedError(f"{dataset.name}/{name} cannot be read: {str(error).splitlines()[0]}") from error
     return table

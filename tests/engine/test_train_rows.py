@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from engine import shard, synth
+from engine.config import dump
 from engine.recipes import ShardRecipe, TrainRecipe
 
 ENGINE = str(Path(sys.executable).parent / "engine")
@@ -30,6 +31,16 @@ def test_a_comma_divides_datasets_unless_a_folder_has_it(tmp_path: Path, monkeyp
     assert _recipe("a,b").datasets == (Path("a,b"),)
     with pytest.raises(ValueError, match="empty"):
         _recipe("a,")
+
+
+def test_a_url_stays_what_it_is(tmp_path: Path) -> None:
+    assert _recipe("s3://b/p/d").datasets == ("s3://b/p/d",)
+    mixed = _recipe("s3://b/p/d, a,gs://c//d")
+    assert mixed.datasets == ("s3://b/p/d", Path("a"), "gs://c//d")
+    (tmp_path / "recipe.yaml").write_text(dump(mixed))
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert saved["dataset"] == ["s3://b/p/d", "a", "gs://c//d"]
+    assert TrainRecipe.model_validate(saved) == mixed
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@ from __future__ import annotations
 import itertools
 import pickle
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.data import BadSampleError, CropView, SampleStream, open_loader
-from engine.data import reading as reading_module
+from engine.data import BadSampleError, CropView, SampleStream, open_loader, sources
 from engine.data.reading import SampleReader, jpeg_size
 from sharding.index import open_dataset
 
@@ -83,7 +81,7 @@ def test_a_shard_cut_before_the_header_is_named_from_the_index(make_dataset: Any
         file.truncate(dataset.offsets[5] - 600)
     reader = SampleReader(open_dataset(dataset.path))
     with pytest.raises(BadSampleError) as caught:
-        reader.read(np.array([5]))
+        reader.read_one(5)
     assert_names_the_sample(caught.value, dataset, 5, "truncated")
     reader.close()
 
@@ -93,7 +91,7 @@ def test_a_missing_shard_is_named(make_dataset: Any) -> None:
     dataset.shard_file(7).unlink()
     reader = SampleReader(open_dataset(dataset.path))
     with pytest.raises(BadSampleError, match="cannot be read") as caught:
-        reader.read(np.array([3, 7]))
+        reader.collect(reader.submit(np.array([3, 7])))
     assert_names_the_sample(caught.value, dataset, 7, "No such file")
     reader.close()
 
@@ -118,8 +116,8 @@ def test_a_sample_that_does_not_decode_is_named(make_dataset: Any, paint: Any, b
     assert_names_the_sample(error, dataset, row, "does not decode")
 
 
-def test_the_error_survives_pickling(tmp_path: Path) -> None:
-    error = BadSampleError("shard-000001", "0" * 16, "it is gone", 7, tmp_path)
+def test_the_error_survives_pickling() -> None:
+    error = BadSampleError("shard-000001", "0" * 16, "it is gone", 7, "Mend it.")
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error)
     assert (copy.shard, copy.key, copy.row) == (error.shard, error.key, 7)
@@ -127,14 +125,14 @@ def test_the_error_survives_pickling(tmp_path: Path) -> None:
 
 def test_threads_share_few_file_descriptors(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # One open shard for eight threads on four shards: every read evicts a descriptor that another thread may be using.
-    monkeypatch.setattr(reading_module, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(sources, "_MAX_OPEN_SHARDS", 1)
     reader = SampleReader(open_dataset(dataset.path))
     failures: list[Exception] = []
 
     def read_all(seed: int) -> None:
         try:
             for row in np.random.default_rng(seed).permutation(37).tolist() * 5:
-                (sample,) = reader.read(np.array([row]))
+                sample = reader.read_one(row)
                 assert sample.jpeg.tobytes() == dataset.payloads[row]
                 assert sample.sample_id == int(dataset.keys[row], 16)
         except (BadSampleError, AssertionError) as error:
@@ -152,7 +150,7 @@ def test_threads_share_few_file_descriptors(dataset: Any, monkeypatch: pytest.Mo
 def test_submitted_rows_come_back_in_order(dataset: Any) -> None:
     reader = SampleReader(open_dataset(dataset.path))
     rows = np.arange(37)[::-1].copy()
-    samples = [sample for read in reader.submit(rows) for sample in read.result()]
+    samples = reader.collect(reader.submit(rows))
     assert [sample.sample_id for sample in samples] == [int(dataset.keys[row], 16) for row in rows]
     reader.close()
 
