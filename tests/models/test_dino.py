@@ -234,7 +234,7 @@ def test_the_teacher_starts_as_a_copy_and_asks_for_no_gradients() -> None:
 
 
 def test_prototypes_stay_for_the_frozen_epochs_weight_decay_included() -> None:
-    dino = small_dino(teacher_momentum=0.5)
+    dino: Any = small_dino(teacher_momentum=0.5)
     optimizer = torch.optim.AdamW(parameter_groups(dino), lr=1e-2, weight_decay=0.1)
     prototypes = dino.student.head.last_layer.weight_v
     for epoch, moves in ((0, False), (1, True)):

@@ -148,7 +148,9 @@ def test_concordance_of_published_risks_is_the_published_one() -> None:
     if not folder.is_dir():
         pytest.skip(f"no published risks at {folder}")
     (summary,) = folder.glob("*summary_latest.csv")
-    published = {int(row["folds"]): float(row["val_cindex"]) for row in csv.DictReader(summary.read_text().splitlines())}
+    published = {
+        int(row["folds"]): float(row["val_cindex"]) for row in csv.DictReader(summary.read_text().splitlines())
+    }
     for fold, cindex in published.items():
         (file,) = folder.glob(f"*val_{fold}.pkl")
         cases = list(_unpickled(file).values())
