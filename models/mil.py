@@ -62,8 +62,8 @@ class BagModel(nn.Module):
         """Everything about a batch of bags.
 
         Args:
-            bags: [B, N, M], or one bag [N, M].
-            mask: bool [B, N], True = an instance, False = padding; None = no padding.
+            bags: [B, N, M], or one bag [N, M], which gives a batch of one.
+            mask: bool [B, N] or [N], True = an instance, False = padding; None = no padding.
 
         Raises:
             ValueError: bags or mask of another shape, or a bag without an instance.
@@ -73,7 +73,7 @@ class BagModel(nn.Module):
     def _checked(self, bags: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Bags [B, N, M], zero in the padding, and their mask [B, N]."""
         if bags.ndim == 2:
-            bags = bags.unsqueeze(0)
+            bags, mask = bags.unsqueeze(0), None if mask is None else mask.reshape(1, -1)
         if bags.ndim != 3 or bags.shape[2] != self.in_dim:
             raise ValueError(f"bags must have shape [B, N, {self.in_dim}] or [N, {self.in_dim}]: found {[*bags.shape]}")
         if mask is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,15 @@ def data(tmp_path: Path) -> Path:
     file = tmp_path / "bags.csv"
     file.write_text("\n".join(lines))
     return file
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the command runs: steps as small as these only lose by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_bags_are_read_whole(data: Path) -> None:
@@ -54,6 +64,7 @@ def test_features_are_standardised_by_the_training_bags_alone(data: Path) -> Non
     assert torch.equal(musk1.standardised(bags, train)[0], before)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_network_learns_which_bags_hold_the_instance(data: Path) -> None:
     bags = musk1.read_bags(data)
     train, test = np.arange(30), np.arange(30, 40)

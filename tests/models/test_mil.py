@@ -282,6 +282,13 @@ def test_a_padded_batch_equals_its_bags_one_by_one(case: str, train: bool) -> No
             assert not out.attention[i, :, len(bag) :].any()
 
 
+def test_one_bag_may_have_a_mask_of_its_own() -> None:
+    model, bag = small("abmil"), some_bags()[2]
+    mask = torch.arange(9) < 4
+    assert torch.allclose(model(bag, mask), model(bag[:4]), atol=1e-6)
+    assert torch.allclose(model(bag, mask=mask[None]), model(bag[:4]), atol=1e-6)
+
+
 @pytest.mark.parametrize("case", SMALL)
 def test_gradients_of_a_padded_batch_are_the_mean_of_its_bags(case: str) -> None:
     model = small(case).train()
