@@ -1,6 +1,6 @@
 """`python -m benchmarks.musk1 --data musk1.csv`: attention MIL on MUSK1 against Ilse et al. 2018 (arXiv 1802.04712).
 
-Protocol: 5 runs of 10-fold cross-validation over the 92 bags, accuracy of the bags held out. Network: 256, 128 and 64
+What is done: 5 runs of 10-fold cross-validation over the 92 bags, accuracy of the bags held out. Network: 256, 128, 64
 wide with ReLU and dropout 0.5, attention 64 wide, one logistic output. Adam, learning rate 5e-4, weight decay 5e-3,
 100 epochs of one bag per step. The features are standardised by the instances of the training folds alone, and the
 weights after the last epoch are used: no bag that is tested had a say in its model.

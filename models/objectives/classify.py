@@ -45,6 +45,8 @@ def classification_loss(
         focal_gamma: factor (1 - p_label)^gamma on each sample (focal loss, arXiv 1708.02002, eq. 4); 0 = none.
     """
     logits = logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits)
     loss_B = F.cross_entropy(logits, labels, class_weights, reduction="none", label_smoothing=label_smoothing)
     if focal_gamma:
         p_B = logits.softmax(dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)

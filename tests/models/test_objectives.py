@@ -125,7 +125,7 @@ def test_times_that_make_no_bins_are_refused(time: Any, censored: Any, sentence:
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0, 3.0])])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)])
 def test_cross_entropy_with_weights_smoothing_and_focus(
     logits: Tensor, gamma: float, smoothing: float, weights: Tensor | None
 ) -> None:
