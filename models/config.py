@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.mil_config import ABMILConfig, CLAMMBConfig, CLAMSBConfig, DSMILConfig, FCMajorityConfig, PoolMILConfig
 from models.model_config import ModelConfig, nearest
 from models.vittm_config import ViTTMConfig, ViTTMHMRConfig, ViTTMMAEConfig
 
 __all__ = [
+    "ABMILConfig",
+    "CLAMMBConfig",
+    "CLAMSBConfig",
+    "DSMILConfig",
+    "FCMajorityConfig",
     "MODEL_CONFIGS",
     "ModelConfig",
+    "PoolMILConfig",
     "ViTTMConfig",
     "ViTTMHMRConfig",
     "ViTTMMAEConfig",
@@ -23,6 +30,12 @@ __all__ = [
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "vittm": ViTTMConfig,
+    "abmil": ABMILConfig,
+    "clam_mb": CLAMMBConfig,
+    "clam_sb": CLAMSBConfig,
+    "dsmil": DSMILConfig,
+    "fc_majority": FCMajorityConfig,
+    "pool_mil": PoolMILConfig,
     "vittm_hmr": ViTTMHMRConfig,
     "vittm_mae": ViTTMMAEConfig,
 }

@@ -1,0 +1,1 @@
+"""How good embeddings and predictions are. numpy and scipy only."""
