@@ -6,35 +6,20 @@ A config class names the module that implements it (`model_class`), so that `MOD
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def nearest(word: str, known: list[str]) -> str:
-    """Half a sentence for an error message: the known word closest to `word`, and all the known ones."""
-    close = get_close_matches(word, known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(sorted(known))}"
-
-
-class ModelConfig(BaseModel):
-    """A frozen model config; an unknown setting is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_class: ClassVar[str]  # "module:Class"; Class(config) is the model
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_settings(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for key in values:
-                if key not in cls.model_fields:
-                    known = list(cls.model_fields)
-                    raise ValueError(f"{cls.__name__} has no setting {key!r}; {nearest(str(key), known)}")
-        return values
+from models.hipt_config import (
+    HIPT4KConfig,
+    HIPTLocalGlobalConfig,
+    HIPTNConfig,
+    HIPTPatchConfig,
+    HIPTRegionConfig,
+    HIPTSlideConfig,
+    TimmConfig,
+)
+from models.model_config import ModelConfig, nearest
 
 
 class ViTTMHMRConfig(ModelConfig):
@@ -154,6 +139,13 @@ class ViTTMHMRConfig(ModelConfig):
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
+    "hipt_patch": HIPTPatchConfig,
+    "hipt_region": HIPTRegionConfig,
+    "hipt_4k": HIPT4KConfig,
+    "hipt_slide": HIPTSlideConfig,
+    "hipt_local_global": HIPTLocalGlobalConfig,
+    "hipt_n": HIPTNConfig,
+    "timm": TimmConfig,
     "vittm_hmr": ViTTMHMRConfig,
 }
 
