@@ -128,7 +128,7 @@ def test_one_key_under_two_prefixes_is_refused(encoder: Encoder, tmp_path: Path)
         ("a.pth", b"\x80\x02not a pickle", "cannot be read as plain weights"),
         ("a.pt", b"PK\x03\x04 a cut-off zip", "cannot be read as plain weights"),
         ("a.safetensors", b"\xff" * 40, "damaged or no safetensors"),
-        ("a.bin", b"weights", "suffix '.bin'"),
+        ("a.npz", b"weights", "suffix '.npz'"),
     ],
 )
 def test_files_that_are_no_checkpoint_are_named(
