@@ -54,14 +54,16 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightsInfo:
             listed; or a file whose metadata contradicts it or the model's position rule. The model is then unchanged.
         RuntimeError: the hub does not answer, or not with such a model.
     """
-    state, info = fitting_weights(model, path)
+    state, info = fit(model, read_checkpoint(path), path)
     model.load_state_dict(state, strict=True)
     return info
 
 
-def fitting_weights(model: nn.Module, path: Path | str) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """What `load_weights` would load, under the model's names and in the file's dtypes; the model may be on `meta`."""
-    found = read_checkpoint(path)
+def fit(model: nn.Module, found: Checkpoint, path: Path | str) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """What `load_weights` loads, under the model's names and in the file's dtypes; the model may be on `meta`.
+
+    `path` names the checkpoint in an error; errors are those of `load_weights`.
+    """
     own = model.state_dict()
     state = _match_keys(found.state, own, path)
     missing = sorted(own.keys() - state.keys())
