@@ -32,7 +32,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]], dict[str
     "4k": ("hipt_4k", {"patch": VIT, "region": REGION}, {"images": (2, 3, 300, 520)}, {}),
     "slide": ("hipt_slide", SLIDE, {"regions": (5, 32)}, {}),
     "slide_coral": ("hipt_slide", {**SLIDE, "head": "coral"}, {"regions": (5, 32)}, {}),
-    "slide_sinusoid_1d": ("hipt_slide", {**SLIDE, "positions": "sinusoid_1d", "max_regions": 8}, {"regions": (5, 32)}, {}),
+    "slide_sinusoid_1d": (
+        "hipt_slide",
+        {**SLIDE, "positions": "sinusoid_1d", "max_regions": 8},
+        {"regions": (5, 32)},
+        {},
+    ),
     "slide_sinusoid_2d": (
         "hipt_slide",
         {**SLIDE, "positions": "sinusoid_2d"},
