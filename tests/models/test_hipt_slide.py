@@ -78,12 +78,12 @@ def test_keys_and_numbers_are_the_published_ones(
 ) -> None:
     if not PARITY.is_dir():
         pytest.skip(f"no published numbers at {PARITY}")
-    settings: dict[str, Any] = {
+    settings: dict[str, dict[str, Any]] = {
         "o.GlobalOrdinalHIPT": {"head": "ordinal"},
         "o.GlobalRegressionHIPT": {"head": "regression"},
         "o.GlobalHIPT_pos1d": {"positions": "sinusoid_1d", "max_regions": 16},
-    }.get(published, {})
-    model = build_model(name, n_classes=classes, **settings).eval()
+    }
+    model = build_model(name, n_classes=classes, **settings.get(published, {})).eval()
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert shapes == json.loads((PARITY / "keys_hipt_slide.json").read_text())[published]
     if bag is None:
@@ -238,10 +238,8 @@ def test_2d_positions_are_the_cantor_number_or_two_tables() -> None:
     cantor = slide(positions="sinusoid_2d").pos_encoder
     assert isinstance(cantor, nn.Module)
     assert torch.allclose(cantor(x, mask, places)[0], sinusoid(torch.tensor([33, 41, 52]), 32))
-    model = slide(positions="learned_2d")
-    tables = model.pos_encoder
-    assert isinstance(tables, nn.Module)
-    column, row = (table.weight for table in (tables.column, tables.row))
+    tables: Any = slide(positions="learned_2d").pos_encoder
+    column, row = tables.column.weight, tables.row.weight
     expected = torch.stack([torch.cat([column[i], row[j]]) for i, j in ((0, 0), (1, 0), (0, 2))])
     assert torch.allclose(tables(x, mask, places)[0], expected)
 

@@ -127,7 +127,9 @@ def test_sizes_are_the_published_ones() -> None:
         assert len(model.state_dict()) == entries
         assert sum(parameter.numel() for parameter in model.parameters()) == numbers
     with torch.device("meta"):
-        widths = [build_model("hipt_patch", variant=v).norm.weight.shape[0] for v in ("tiny", "small", "base")]
+        widths = [
+            len(build_model("hipt_patch", variant=v).state_dict()["norm.bias"]) for v in ("tiny", "small", "base")
+        ]
     assert widths == [192, 384, 768]
 
 
@@ -194,8 +196,9 @@ def plain_vit(model: ViT, tokens: Tensor, grid: tuple[int, int], seen: Tensor) -
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
-    heads, width = model.blocks[0].attn.num_heads, model.dim // model.blocks[0].attn.num_heads
-    for number in range(len(model.blocks)):
+    blocks: Any = model.blocks
+    heads, width = blocks[0].attn.num_heads, model.dim // blocks[0].attn.num_heads
+    for number in range(len(blocks)):
         block = f"blocks.{number}"
         q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1)
         out = []
@@ -250,8 +253,8 @@ def test_attention_is_that_of_the_last_block_and_passes_over_what_is_masked() ->
     assert torch.allclose(attention.sum(-1), torch.ones(2, 2, 8), atol=1e-6)
     assert bool((attention[1, :, :, [3, 5]] == 0).all())
     # The class token of the last block, from its attention by hand.
-    block = model.blocks[-1]
-    x = model.blocks[0](*model._prepare(grids, mask))
+    first, block = list[Any](model.blocks)
+    x = first(*model._prepare(grids, mask))
     v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)[2].view(2, 8, 2, 16).transpose(1, 2)
     x = x + block.attn.proj((attention @ v).transpose(1, 2).flatten(2))
     assert torch.allclose(model.norm(x + block.mlp(block.norm2(x)))[:, 0], model(grids, mask=mask), atol=1e-5)
