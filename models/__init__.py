@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from models.weights_info import WeightsInfo
+
 __all__ = ["MODEL_CONFIGS", "build_model", "load_weights", "resolve_config"]
 
 
-def build_model(name: str, **config: Any) -> nn.Module:
+def build_model(name: str, /, **config: Any) -> nn.Module:
     """Build the model `name` with freshly drawn weights (torch's global generator) on the CPU, in float32.
 
     Args:
@@ -38,8 +40,8 @@ def build_model(name: str, **config: Any) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, path: Path | str) -> None:
+def load_weights(model: nn.Module, path: Path | str) -> WeightsInfo:
     """Load a published or saved checkpoint into `model`, in place; see `models.weights.load_weights`."""
     from models.weights import load_weights as load
 
-    load(model, path)
+    return load(model, path)

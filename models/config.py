@@ -8,6 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.hipt_config import (
+    HIPT4KConfig,
+    HIPTLocalGlobalConfig,
+    HIPTNConfig,
+    HIPTPatchConfig,
+    HIPTRegionConfig,
+    HIPTSlideConfig,
+    TimmConfig,
+)
 from models.mil_config import ABMILConfig, CLAMMBConfig, CLAMSBConfig, DSMILConfig, FCMajorityConfig, PoolMILConfig
 from models.model_config import ModelConfig, nearest
 from models.vittm_config import ViTTMConfig, ViTTMHMRConfig, ViTTMMAEConfig
@@ -18,9 +27,16 @@ __all__ = [
     "CLAMSBConfig",
     "DSMILConfig",
     "FCMajorityConfig",
+    "HIPT4KConfig",
+    "HIPTLocalGlobalConfig",
+    "HIPTNConfig",
+    "HIPTPatchConfig",
+    "HIPTRegionConfig",
+    "HIPTSlideConfig",
     "MODEL_CONFIGS",
     "ModelConfig",
     "PoolMILConfig",
+    "TimmConfig",
     "ViTTMConfig",
     "ViTTMHMRConfig",
     "ViTTMMAEConfig",
@@ -29,15 +45,22 @@ __all__ = [
 ]
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
-    "vittm": ViTTMConfig,
-    "abmil": ABMILConfig,
-    "clam_mb": CLAMMBConfig,
-    "clam_sb": CLAMSBConfig,
-    "dsmil": DSMILConfig,
-    "fc_majority": FCMajorityConfig,
-    "pool_mil": PoolMILConfig,
+    "hipt_patch": HIPTPatchConfig,
+    "hipt_region": HIPTRegionConfig,
+    "hipt_4k": HIPT4KConfig,
+    "hipt_slide": HIPTSlideConfig,
+    "hipt_local_global": HIPTLocalGlobalConfig,
+    "hipt_n": HIPTNConfig,
+    "timm": TimmConfig,
     "vittm_hmr": ViTTMHMRConfig,
+    "vittm": ViTTMConfig,
     "vittm_mae": ViTTMMAEConfig,
+    "abmil": ABMILConfig,
+    "clam_sb": CLAMSBConfig,
+    "clam_mb": CLAMMBConfig,
+    "dsmil": DSMILConfig,
+    "pool_mil": PoolMILConfig,
+    "fc_majority": FCMajorityConfig,
 }
 
 

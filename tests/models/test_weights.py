@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import load_weights
+from models import build_model, load_weights
+from models.weights_info import WeightsInfo, weights_digest
 
 
 class Classifier(nn.Module):
@@ -62,7 +64,7 @@ def test_safetensors_load(encoder: Encoder, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state_dict", "state_dict", "model", "teacher", "student"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "_orig_mod."])
 def test_known_wrappers_and_prefixes_are_undone(
     encoder: Encoder, tmp_path: Path, wrapper: str | None, prefix: str
 ) -> None:
@@ -128,7 +130,7 @@ def test_one_key_under_two_prefixes_is_refused(encoder: Encoder, tmp_path: Path)
         ("a.pth", b"\x80\x02not a pickle", "cannot be read as plain weights"),
         ("a.pt", b"PK\x03\x04 a cut-off zip", "cannot be read as plain weights"),
         ("a.safetensors", b"\xff" * 40, "damaged or no safetensors"),
-        ("a.bin", b"weights", "suffix '.bin'"),
+        ("a.npz", b"weights", "suffix '.npz'"),
     ],
 )
 def test_files_that_are_no_checkpoint_are_named(
@@ -157,3 +159,143 @@ def test_a_file_without_a_state_dict_says_what_it_holds(encoder: Encoder, tmp_pa
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="holds a dict with the keys epoch, optimizer: expected a state dict"):
         load_weights(encoder, tmp_path / "w.pth")
+
+
+# Published encoders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "entries"), [("hipt_patch", 150), ("hipt_region", 78)])
+def test_a_whole_dino_run_gives_its_teacher_backbone(tmp_path: Path, name: str, entries: int) -> None:
+    torch.manual_seed(1)
+    backbone = build_model(name).state_dict()
+    assert len(backbone) == entries
+    teacher = {f"module.backbone.{key}": value for key, value in backbone.items()}
+    teacher["module.head.last_layer.weight_v"] = torch.zeros(8, 4)
+    student = {key: torch.zeros_like(value) for key, value in teacher.items()}
+    run = {"student": student, "teacher": teacher, "epoch": 3, "args": argparse.Namespace(lr=1e-3), "optimizer": {}}
+    torch.save(run, tmp_path / "checkpoint.pth")
+    torch.manual_seed(2)
+    model = build_model(name)
+    load_weights(model, tmp_path / "checkpoint.pth")
+    assert_loaded(model, backbone)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "classifier"),
+    [
+        ("resnet34", {}, "fc"),
+        ("resnet50", {}, "fc"),
+        ("vit_base_patch16_224", {"depth": 2}, "head"),
+        # UNI: a ViT-L/16 with layer scale; two of its blocks.
+        ("vit_large_patch16_224", {"depth": 2, "init_values": 1e-5, "dynamic_img_size": True}, None),
+    ],
+)
+def test_files_of_other_encoders_load_without_their_classifier(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], classifier: str | None
+) -> None:
+    torch.manual_seed(1)
+    published: Any = timm.create_model(architecture, num_classes=10 if classifier else 0, **settings).eval()
+    torch.save(published.state_dict(), tmp_path / "pytorch_model.bin")
+    model = build_model("timm", architecture=architecture, settings=settings).eval()
+    load_weights(model, tmp_path / "pytorch_model.bin")
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(images), published.forward_head(published.forward_features(images), pre_logits=True))
+    assert not any(key.startswith(("fc.", "head.")) for key in model.state_dict())
+
+
+def test_an_encoder_that_timm_lacks_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no architecture 'resnet500'; did you mean 'resnet50\w*'\?"):
+        build_model("timm", architecture="resnet500")
+    with pytest.raises(ValueError, match=r"resnet18 refuses the settings \{'depht': 2\}"):
+        build_model("timm", architecture="resnet18", settings={"depht": 2})
+
+
+def test_the_region_vit_of_a_later_reimplementation_is_renamed(tmp_path: Path) -> None:
+    vit = {"in_dim": 8, "dim": 16, "depth": 1, "heads": 2}
+    torch.manual_seed(1)
+    model = build_model("hipt_local_global", n_classes=2, in_dim=16, dim=18, region=vit)
+    state = {key.replace("local_vit.", "vit_region."): value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    load_weights(model, tmp_path / "w.pt")
+    assert_loaded(model, expected)
+
+
+def test_a_hub_that_does_not_answer_is_said_clearly(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(name: str, *, weights_only: bool) -> dict[str, Tensor]:
+        asked.append((name, weights_only))
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", refuse)
+    with pytest.raises(
+        RuntimeError, match=r"hf-hub:owner/name cannot be fetched \(ConnectionError: no route to host\)"
+    ):
+        load_weights(encoder, "hf-hub:owner/name")
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", lambda name, weights_only: weights())
+    load_weights(encoder, "hf-hub:owner/name")
+    assert_loaded(encoder, weights())
+    assert asked == [("owner/name", True)]
+
+
+# What is known of weights --------------------------------------------------------------------------------------------
+
+
+def info(**facts: Any) -> WeightsInfo:
+    return WeightsInfo(weights_digest(weights()), **facts)
+
+
+def test_the_digest_is_of_names_types_shapes_and_values_in_any_container(encoder: Encoder, tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "w.safetensors")
+    torch.save({"teacher": {f"module.{key}": value for key, value in weights().items()}}, tmp_path / "w.pth")
+    one, other = (load_weights(encoder, tmp_path / name) for name in ("w.safetensors", "w.pth"))
+    assert one == other == info()
+    state = {"a": torch.zeros(2, 3), "b": torch.tensor(1)}
+    digest = weights_digest(state)
+    assert digest == weights_digest(dict(reversed(state.items())))
+    for other_state in (
+        {"a": torch.zeros(3, 2), "b": torch.tensor(1)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.tensor(1)},
+        {"a": torch.zeros(2, 3), "c": torch.tensor(1)},
+        {"a": torch.zeros(2, 3), "b": torch.tensor(2)},
+    ):
+        assert weights_digest(other_state) != digest
+    assert weights_digest({"a": torch.zeros(2, dtype=torch.bfloat16)}).startswith("sha256:")
+
+
+def test_what_is_known_comes_back_with_the_weights(encoder: Encoder, tmp_path: Path) -> None:
+    known = info(model="timm", config={"a": 1}, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), mpp=0.5)
+    save_file(weights(), tmp_path / "w.safetensors", known.to_metadata())
+    assert load_weights(encoder, tmp_path / "w.safetensors") == known
+    assert WeightsInfo.from_metadata({"format": "pt", "digest": "of another program"}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"digest": '"sha256:0"'}, "is damaged: its weights have sha256:.*, its metadata says sha256:0"),
+        ({"engine_weights": "2"}, "metadata has version 2: expected 1"),
+        ({"mpp": "half"}, "metadata cannot be read"),
+    ],
+)
+def test_metadata_that_contradicts_the_weights_is_refused(
+    encoder: Encoder, tmp_path: Path, change: dict[str, str], sentence: str
+) -> None:
+    save_file(weights(), tmp_path / "w.safetensors", {**info(mpp=0.5).to_metadata(), **change})
+    with pytest.raises(ValueError, match=rf"w\.safetensors.*{sentence}"):
+        load_weights(encoder, tmp_path / "w.safetensors")
+
+
+def test_weights_of_another_position_rule_are_refused(tmp_path: Path) -> None:
+    small = {"dim": 16, "depth": 1, "heads": 2}
+    model = build_model("hipt_patch", **small)
+    state = model.state_dict()
+    known = WeightsInfo(weights_digest(state), pos_interpolation="recomputed")
+    save_file(state, tmp_path / "w.safetensors", known.to_metadata())
+    with pytest.raises(ValueError, match="trained with pos_interpolation=recomputed, and the model has given"):
+        load_weights(model, tmp_path / "w.safetensors")
+    load_weights(build_model("hipt_patch", **small, pos_interpolation="recomputed"), tmp_path / "w.safetensors")

@@ -1,0 +1,27 @@
+"""timm's image encoders under our `build_model`: ResNet-50, ViT-B/16, UNI and its kind."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+from models.hipt_config import TimmConfig
+from models.model_config import nearest
+
+
+def build_encoder(config: TimmConfig) -> nn.Module:
+    """timm's model of that name without a classifier: float [B, 3, height, width] to [B, features], random weights.
+
+    Its state-dict keys are timm's, so that `load_weights` reads the file that a hub or torchvision gives out.
+
+    Raises:
+        ValueError: there is no such architecture, or it has no such setting.
+    """
+    name, known = config.architecture, timm.list_models()
+    if not name.startswith("hf-hub:") and name.partition(".")[0] not in known:
+        raise ValueError(f"timm has no architecture {name!r}; {nearest(name, known)}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **config.settings)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} refuses the settings {config.settings}: {error}") from None
+    return model
