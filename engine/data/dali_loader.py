@@ -24,14 +24,14 @@ from engine.data.finish import empty_images, finish, finish_sample, finishing_po
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
-_PREFETCH = 2  # batches inside DALI beside the one being used
-_BATCHES_IN_FINISH = 2  # one being finished while one is being used
-
 Source = Callable[[], tuple[Any, ...]]
 
 
 class DaliDecoder:
-    """Decodes batches of exactly `batch_size` samples; `bad_sample(row, reason)` describes what fails."""
+    """Decodes batches of exactly `batch_size` samples, `prefetch` of them beside the one being used.
+
+    `bad_sample(row, reason)` describes what fails.
+    """
 
     backend = "dali"
 
@@ -41,6 +41,7 @@ class DaliDecoder:
         *,
         batch_size: int,
         threads: int,
+        prefetch: int,
         device: torch.device,
         bad_sample: Callable[[int, str], BadSampleError],
     ) -> None:
@@ -48,6 +49,7 @@ class DaliDecoder:
         self._views = tuple(views)
         self._batch_size = batch_size
         self._threads = threads
+        self._prefetch = prefetch
         self._bad_sample = bad_sample
         self._on_gpu = device.type == "cuda"
         self._dali_resizes = self._on_gpu  # whole batches there; on the CPU that is slow, see `engine.data.finish`
@@ -61,7 +63,7 @@ class DaliDecoder:
         ended = False
         try:
             while True:
-                while not ended and len(pending) < _BATCHES_IN_FINISH:
+                while not ended and len(pending) < self._prefetch:
                     try:
                         batch, outputs = next(batches)
                         pending.append((batch, *self._finished(batch, outputs)))
@@ -94,7 +96,7 @@ class DaliDecoder:
         in_flight: deque[EncodedBatch] = deque()
         # no_copy lends our arrays to DALI, so they stay here until no batch inside it can need them: as many as DALI
         # holds, and as many again, because on the GPU a copy may still run when its batch is handed out.
-        lent: deque[tuple[Any, ...]] = deque(maxlen=2 * (_PREFETCH + 1))
+        lent: deque[tuple[Any, ...]] = deque(maxlen=2 * (self._prefetch + 1))
 
         def source() -> tuple[Any, ...]:
             batch = next(encoded, None)
@@ -112,7 +114,7 @@ class DaliDecoder:
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self.device.index if self._on_gpu else None,
-            prefetch_queue_depth=_PREFETCH,
+            prefetch_queue_depth=self._prefetch,
             # With the older executor (exec_dynamic=False) a tensor handed over by dlpack is overwritten two batches on.
             exec_dynamic=True,
         )

@@ -6,6 +6,7 @@ and windows into tensors. That is why two backends give the same batches, and wh
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,14 +19,14 @@ import torch
 
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
-from engine.data.order import Stream, rank_positions
+from engine.data.order import Stream
 from engine.data.reading import Sample, SampleReader
 from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
 
 Rows = npt.NDArray[np.int64]
 
-_BATCHES_READ_AHEAD = 3  # beside those inside the decoder; encoded batches are small
+_POSITIONS_PLANNED = 1 << 15  # at once: a stream is some ten times as fast as by 256
 
 
 class PatchLoader:
@@ -44,8 +45,12 @@ class PatchLoader:
         seen: int,
         rank: int,
         world_size: int,
+        read_ahead: int,
     ) -> None:
-        """`stream` orders rows, or `regions` (see `region_rows`) where these are the samples."""
+        """`stream` orders rows, or `regions` (see `region_rows`) where these are the samples.
+
+        read_ahead: batches that are read beside those inside the decoder; encoded batches are small.
+        """
         self._reader = reader
         self._decoder = decoder
         self._regions = regions
@@ -55,6 +60,7 @@ class PatchLoader:
         self._views = tuple(views)
         self._rank = rank
         self._world_size = world_size
+        self._read_ahead = read_ahead
         self._seen = seen
         self._batches: Generator[Decoded, None, None] | None = None
         self._failure: Exception | None = None
@@ -64,6 +70,11 @@ class PatchLoader:
     def seen(self) -> int:
         """Samples delivered so far by all ranks together, prefetched ones not counted."""
         return self._seen
+
+    @property
+    def views(self) -> tuple[CropView, ...]:
+        """What is delivered of each sample."""
+        return self._views
 
     @property
     def backend(self) -> str:
@@ -153,15 +164,12 @@ class PatchLoader:
 
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
-        pending: deque[tuple[range, Rows, npt.NDArray[np.bool_] | None, list[Future[list[Sample]]]]] = deque()
-        step = 0
+        pending: deque[tuple[Rows, Rows, npt.NDArray[np.bool_] | None, list[Future[list[Sample]]]]] = deque()
+        planned = self._planned_rows(first)
         try:
             while True:
-                while len(pending) < _BATCHES_READ_AHEAD:
-                    positions = rank_positions(
-                        step, self._batch_size_per_rank, self._rank, self._world_size, first=first
-                    )
-                    rows = self._stream.rows(positions.start, len(positions))
+                while len(pending) < self._read_ahead:
+                    positions, rows = next(planned)
                     present = None
                     if self._regions is not None:
                         rows = self._regions[rows]
@@ -169,11 +177,10 @@ class PatchLoader:
                         # Decoders want full batches, so another patch of the region stands in for a missing one.
                         rows = np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1)
                     pending.append((positions, rows, present, self._reader.submit(rows)))
-                    step += 1
                 positions, rows, present, reads = pending.popleft()
                 samples = [sample for read in reads for sample in read.result()]
                 # All patches of a region share its position, and with it every draw.
-                per_row = np.arange(positions.start, positions.stop).repeat(len(rows) // len(positions))
+                per_row = positions.repeat(len(rows) // len(positions))
                 yield self._planned(per_row, rows, samples, present)
         except Exception as failure:
             self._failure = failure
@@ -181,6 +188,14 @@ class PatchLoader:
             for *_, reads in pending:
                 for read in reads:
                     read.cancel()
+
+    def _planned_rows(self, first: int) -> Iterator[tuple[Rows, Rows]]:
+        """Yield positions and rows of this rank's batches, int64[batch_size_per_rank] each; see `rank_positions`."""
+        size = self._batch_size_per_rank
+        steps = np.arange(max(1, _POSITIONS_PLANNED // size))[:, None]
+        for done in itertools.count(0, len(steps)):
+            positions = first + ((done + steps) * self._world_size + self._rank) * size + np.arange(size)
+            yield from zip(positions, self._stream.rows_at(positions.reshape(-1)).reshape(positions.shape), strict=True)
 
     def _planned(
         self, positions: Rows, rows: Rows, samples: list[Sample], present: npt.NDArray[np.bool_] | None

@@ -57,12 +57,21 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A bad sample and what was delivered for it: the stream's position, the row it holds, the row that came."""
+    """A bad sample and what was delivered for it: the stream's position, the row it holds, the row that came.
+
+    `substitute` is None for a patch of a region: that is absent from its region.
+    """
 
     position: int
     row: int
-    substitute: int
+    substitute: int | None
     fault: BadSampleError = field(compare=False)
+
+    @property
+    def outcome(self) -> str:
+        if self.substitute is None:
+            return f"row {self.row} is absent from its region"
+        return f"row {self.substitute} is delivered instead"
 
 
 class _OpenShard:
@@ -95,7 +104,7 @@ class SampleReader:
         self._lock = threading.Lock()
         self._keep_faults = keep_faults
         self._condemned: dict[int, BadSampleError] = {}
-        self.patch_px = _patch_px(self._datasets)
+        self.patch_px = patch_px(self._datasets)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sample-reader")
 
     def submit(self, rows: npt.NDArray[np.int64]) -> list[Future[list[Sample]]]:
@@ -210,7 +219,7 @@ def _firsts(counts: list[int]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *counts[:-1]], dtype=np.int64)
 
 
-def _patch_px(datasets: list[Dataset]) -> int:
+def patch_px(datasets: Sequence[Dataset]) -> int:
     """Return the side of the stored patches in px, one and the same for all datasets."""
     sizes_px = []
     for dataset in datasets:

@@ -14,11 +14,12 @@ from engine.data.finish import empty_images, finish_sample, finishing_pool
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
-_BATCHES_IN_DECODE = 2  # one being decoded while one is being used
-
 
 class TorchDecoder:
-    """Decodes with simplejpeg (libjpeg-turbo) in threads; `bad_sample(row, reason)` describes what fails."""
+    """Decodes with simplejpeg (libjpeg-turbo) in threads, `prefetch` batches at a time.
+
+    `bad_sample(row, reason)` describes what fails.
+    """
 
     backend = "torch"
 
@@ -27,11 +28,13 @@ class TorchDecoder:
         views: Sequence[CropView],
         *,
         threads: int,
+        prefetch: int,
         device: torch.device,
         bad_sample: Callable[[int, str], BadSampleError],
     ) -> None:
         self.device = device
         self._views = tuple(views)
+        self._prefetch = prefetch
         self._bad_sample = bad_sample
         self._pool = finishing_pool(threads, "torch-decoder")
 
@@ -40,7 +43,7 @@ class TorchDecoder:
         pending: deque[tuple[EncodedBatch, list[torch.Tensor], list[Future[None]]]] = deque()
         try:
             while True:
-                while len(pending) < _BATCHES_IN_DECODE and (batch := next(encoded, None)) is not None:
+                while len(pending) < self._prefetch and (batch := next(encoded, None)) is not None:
                     tensors = [empty_images(view, len(batch.rows)) for view in self._views]
                     tasks = [self._pool.submit(self._decode_one, batch, i, tensors) for i in range(len(batch.rows))]
                     pending.append((batch, tensors, tasks))
