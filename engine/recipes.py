@@ -81,7 +81,7 @@ class ShardRecipe(_Recipe):
         None, ge=1, description="take this many slides, chosen at random by the seed; null is all"
     )
     barcodes: Literal["none", "tcga"] = Field(
-        "none", description="columns patient_id, sample_type and label from the names of slides"
+        "none", description="columns patient_id, site, sample_type and label from the names of slides"
     )
     md5_manifest: Place | None = Field(None, description="GDC manifest or md5sum output to check slides by")
     plans: Place | None = Field(None, description="folder that keeps plans for later runs; a dry run fills it too")

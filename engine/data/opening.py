@@ -163,7 +163,6 @@ def open_loader(
     balance: Balance | None = None,
     locality: Blocks | None = None,
     bad_samples: BadSamples = "fail",
-    selection: Selection | None = None,
 ) -> StreamLoader:
     """Open an endless, shuffled stream of batches, at `seen` samples (of all ranks) after its beginning.
 
@@ -172,7 +171,7 @@ def open_loader(
     each row once per epoch. locality: neighbouring rows near each other. bad_samples: "replace" delivers another row
     in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError.
     Of a region (views of `region`) nothing is put in place of a bad patch: it is absent, as one that was never stored,
-    and reported. selection: what `selection.select` returns for where and balance, if that is known already.
+    and reported.
 
     backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
     "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
@@ -188,8 +187,7 @@ def open_loader(
     if bad_samples not in ("fail", "replace"):
         raise ValueError(f"bad_samples is {bad_samples!r}; it has to be 'fail' or 'replace'")
     check_views(datasets, views, locality=locality, bad_samples=bad_samples)
-    if selection is None:
-        selection = select(datasets, where=where, by=balance.by if balance else None)
+    selection = select(datasets, where=where, by=balance.by if balance else None)
     regions = region_rows(datasets, views, selection.rows)
     stream = _make_stream(datasets, regions, seed, selection, balance, locality)
     reader = SampleReader(datasets, keep_faults=bad_samples == "replace")

@@ -66,7 +66,9 @@ class WeightedStream:
         if len(self._sizes) != len(shares) or shares.min() < 0 or shares.sum() == 0 or (shares[self._sizes == 0]).any():
             raise ValueError("shares hold one number from 0 on per class, at least one above 0, and 0 for an empty one")
         dtype = np.int32 if len(classes) < 2**31 else np.int64
-        self._members = np.argsort(classes, kind="stable").astype(dtype)
+        # numpy sorts 16 bits by radix, several times as fast.
+        sortable = classes.astype(np.uint16) if len(shares) <= 1 << 16 else classes
+        self._members = np.argsort(sortable, kind="stable").astype(dtype)
         self._member_firsts = np.cumsum(self._sizes) - self._sizes
         self._slot_ends = np.cumsum(shares)
         # A table is far faster than a search, where it is small.
