@@ -19,7 +19,9 @@ from sharding.atomic import atomic_path, sweep_temporary, write_json
 
 METRICS = "metrics.jsonl"
 # What a resumed run may change: where things lie, how long it goes on and how it is carried out.
-_FREE_KEYS = frozenset({"run", "dataset", "steps", "processes", "loader", "precision", "log_every", "checkpoint_every"})
+_FREE_KEYS = frozenset(
+    {"run", "dataset", "steps", "processes", "loader", "bad_samples", "precision", "log_every", "checkpoint_every"}
+)
 _PACKAGES = ("pathology-engine", "torch", "numpy", "nvidia-dali-cuda120", "simplejpeg", "timm", "pyarrow")
 
 

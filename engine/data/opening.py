@@ -15,8 +15,8 @@ from engine.data.batches import Decoder, EncodedBatch, PatchBatch
 from engine.data.loader import PatchLoader, checked_seen
 from engine.data.locality import Blocks, BlockStream
 from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions, substitute_position
-from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader, patch_px
-from engine.data.regions import patches_per_sample, region_classes, region_rows
+from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
+from engine.data.regions import BadSamples, check_views, patches_per_sample, region_classes, region_rows
 from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.views import CropView
 from engine.data.weighted import Balance, WeightedStream, class_shares
@@ -26,7 +26,6 @@ from sharding.index import Dataset
 _log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "dali", "torch"]
-BadSamples = Literal["fail", "replace"]
 
 _SUBSTITUTES_TRIED = 8
 
@@ -217,29 +216,6 @@ def open_loader(
         world_size=world_size,
         read_ahead=prefetch + 1,
     )
-
-
-def check_views(
-    datasets: Sequence[Dataset],
-    views: Sequence[CropView],
-    *,
-    locality: Blocks | None = None,
-    bad_samples: BadSamples = "fail",
-) -> None:
-    """Raise ValueError where the datasets' patches or regions are not what the views need. Nothing is read."""
-    if not views:
-        raise ValueError("views is empty: a loader delivers at least one view of each sample")
-    side_px = patch_px(datasets)
-    for view in views:
-        view.check_fits(side_px, side_px)
-    if patches_per_sample(datasets, views) > 1:
-        if locality is not None:
-            raise ValueError("locality is for patches: the patches of a region are read together as it is")
-        if bad_samples == "replace" and views[0].region == "whole":
-            raise ValueError(
-                "bad_samples='replace' leaves bad patches out of their regions, and region='whole' takes none with "
-                "gaps: use region='padded', or bad_samples='fail'"
-            )
 
 
 def _make_stream(

@@ -1,15 +1,43 @@
-"""Regions as samples: the n x n patches of one region, in row-major order, where a dataset was sharded in regions."""
+"""Whether datasets hold what views show, and regions as samples: the n x n patches of one, in row-major order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.locality import Blocks
+from engine.data.reading import patch_px
 from engine.data.selection import Selection
 from engine.data.views import CropView
 from sharding.index import Dataset
+
+BadSamples = Literal["fail", "replace"]
+
+
+def check_views(
+    datasets: Sequence[Dataset],
+    views: Sequence[CropView],
+    *,
+    locality: Blocks | None = None,
+    bad_samples: BadSamples = "fail",
+) -> None:
+    """Raise ValueError where the datasets' patches or regions are not what the views need. Nothing is read."""
+    if not views:
+        raise ValueError("views is empty: a loader delivers at least one view of each sample")
+    side_px = patch_px(datasets)
+    for view in views:
+        view.check_fits(side_px, side_px)
+    if patches_per_sample(datasets, views) > 1:
+        if locality is not None:
+            raise ValueError("locality is for patches: the patches of a region are read together as it is")
+        if bad_samples == "replace" and views[0].region == "whole":
+            raise ValueError(
+                "bad_samples='replace' leaves bad patches out of their regions, and region='whole' takes none with "
+                "gaps: use region='padded', or bad_samples='fail'"
+            )
 
 
 def patches_per_sample(datasets: Sequence[Dataset], views: Sequence[CropView]) -> int:
