@@ -6,7 +6,6 @@ and windows into tensors. That is why two backends give the same batches, and wh
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,14 +18,12 @@ import torch
 
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
-from engine.data.order import Stream
+from engine.data.order import Stream, planned_rows
 from engine.data.reading import Sample, SampleReader
 from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
 
 Rows = npt.NDArray[np.int64]
-
-_POSITIONS_PLANNED = 1 << 15  # at once: a stream is some ten times as fast as by 256
 
 
 class PatchLoader:
@@ -165,7 +162,7 @@ class PatchLoader:
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
         pending: deque[tuple[Rows, Rows, npt.NDArray[np.bool_] | None, list[Future[list[Sample]]]]] = deque()
-        planned = self._planned_rows(first)
+        planned = planned_rows(self._stream, self._batch_size_per_rank, self._rank, self._world_size, first=first)
         try:
             while True:
                 while len(pending) < self._read_ahead:
@@ -188,14 +185,6 @@ class PatchLoader:
             for *_, reads in pending:
                 for read in reads:
                     read.cancel()
-
-    def _planned_rows(self, first: int) -> Iterator[tuple[Rows, Rows]]:
-        """Yield positions and rows of this rank's batches, int64[batch_size_per_rank] each; see `rank_positions`."""
-        size = self._batch_size_per_rank
-        steps = np.arange(max(1, _POSITIONS_PLANNED // size))[:, None]
-        for done in itertools.count(0, len(steps)):
-            positions = first + ((done + steps) * self._world_size + self._rank) * size + np.arange(size)
-            yield from zip(positions, self._stream.rows_at(positions.reshape(-1)).reshape(positions.shape), strict=True)
 
     def _planned(
         self, positions: Rows, rows: Rows, samples: list[Sample], present: npt.NDArray[np.bool_] | None

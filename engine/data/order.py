@@ -8,7 +8,8 @@ does not depend on the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -230,6 +231,21 @@ def rank_positions(step: int, batch_size_per_rank: int, rank: int, world_size: i
         raise ValueError(f"rank {rank} does not exist among world_size={world_size} ranks")
     start = first + (step * world_size + rank) * batch_size_per_rank
     return range(start, start + batch_size_per_rank)
+
+
+def planned_rows(
+    stream: Stream, batch_size_per_rank: int, rank: int, world_size: int, *, first: int = 0, at_once: int = 1 << 15
+) -> Iterator[tuple[Int64, Int64]]:
+    """Yield positions and rows of a rank's batches, int64[batch_size_per_rank] each, step after step, without end.
+
+    The positions are those of `rank_positions`. at_once: how many are computed together, about; the result is the
+    same, and a stream is some ten times as fast as by 256.
+    """
+    steps = np.arange(max(1, at_once // batch_size_per_rank))[:, None]
+    for done in itertools.count(0, len(steps)):
+        starts = first + ((done + steps) * world_size + rank) * batch_size_per_rank
+        positions = starts + np.arange(batch_size_per_rank)
+        yield from zip(positions, stream.rows_at(positions.reshape(-1)).reshape(positions.shape), strict=True)
 
 
 def substitute_position(seed: int, position: int, attempt: int) -> int:
