@@ -152,6 +152,7 @@ def test_a_state_of_something_else_is_refused_with_what_is_here_and_there(datase
 def test_an_order_is_refused_by_another_one(dataset: Any) -> None:
     with open_cpu(dataset, "torch", locality=Blocks(4, 3)) as loader:
         state = loader.state_dict()
-    for options in ({}, {"locality": Blocks(4, 2)}):
+    others: tuple[dict[str, Any], ...] = ({}, {"locality": Blocks(4, 2)})
+    for options in others:
         with open_cpu(dataset, "torch", **options) as loader, pytest.raises(ValueError, match="'order' is"):
             loader.load_state_dict(state)
