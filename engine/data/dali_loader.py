@@ -237,6 +237,9 @@ def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool, dali_resiz
         adjust_orientation=False,
         # The GPU's default upsampling of chroma differs from libjpeg's.
         jpeg_fancy_upsampling=True,
+        # By default some places of a batch go to the hardware engines and others not, and the two round differently:
+        # a sample's pixels would depend on its place. All that the engines can decode goes there (or nothing, with 0).
+        hw_decoder_load=1.0,
     )
     remaining = iter(arguments)
     images = []
