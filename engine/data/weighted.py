@@ -48,7 +48,8 @@ class WeightedStream:
     """The endless sequence of rows of weighted classes; interface of `order.Stream`.
 
     classes: integers [num_rows], the class of each row. shares: int64[number of classes], positions of a class in each
-    round. Memory: 4 bytes a row (8 from 2**31 rows on) and 32 bytes a class. `by` and `weights` are for `order` alone.
+    round. Memory: 4 bytes a row (8 from 2**31 rows on), 32 bytes a class, and up to 8 MiB. `by` and `weights` are for
+    `order` alone.
     """
 
     def __init__(
