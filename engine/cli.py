@@ -149,7 +149,10 @@ def train(
     json: Json = False,
     _keys: Annotated[bool, _keys_option("train")] = False,
 ) -> None:
-    """Train a model on a dataset, on every visible GPU or on the CPU."""
+    """Train a model on a dataset, on every visible GPU or on the CPU.
+
+    With bad_samples=replace, samples that cannot be read or decoded are replaced, and the exit code is 3.
+    """
 
     def work() -> tuple[dict[str, Any], str]:
         from engine import train as verb
@@ -160,7 +163,13 @@ def train(
         result = verb.run(resolved, resume=resume)
         return result, verb.describe(result)
 
-    _finish(*_guard(work, go_on="with --resume the run goes on from its last checkpoint"), json)
+    from engine.runtime import ranks_from_environment
+
+    result, text, code = _guard(work, go_on="with --resume the run goes on from its last checkpoint")
+    # To torchrun and its like any exit code but 0 is a rank that failed.
+    if code is Exit.DONE and result["replaced"] and ranks_from_environment() is None:
+        code = Exit.QUARANTINED
+    _finish(result, text, code, json)
 
 
 @app.command(epilog="Example: engine verify dataset --json")

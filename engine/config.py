@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Verbatim:
@@ -26,6 +26,32 @@ class Setting:
 
     text: str
     value: Any
+
+
+class Recipe(BaseModel):
+    """A recipe or a section of one: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        # Python takes True for 1, and YAML takes `yes` and `on` for True.
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if not isinstance(value, bool) or field is None or field.annotation in (bool, Any):
+                continue
+            if section(field.annotation) is None:
+                raise ValueError(f"{name}={value}: expected a number or text, found a truth value")
+        return values
+
+
+def section(annotation: Any) -> type[BaseModel] | None:
+    """The class of a key that holds keys, be it optional or not; None for any other key."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
 
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -123,8 +149,7 @@ def typed(recipe_class: type[BaseModel] | None, values: Any) -> Any:
             verbatim = field is not None and any(isinstance(mark, Verbatim) for mark in field.metadata)
             result[key] = value.text if verbatim else value.value
         elif isinstance(value, dict):
-            inner = field.annotation if field else None
-            result[key] = typed(inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None, value)
+            result[key] = typed(section(field.annotation) if field else None, value)
         else:
             result[key] = value
     return result
@@ -163,8 +188,8 @@ def _descend(recipe_class: type[BaseModel], keys: list[str]) -> tuple[type[BaseM
     for key in keys:
         path.append(key)
         field = owner.model_fields.get(key)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = section(field.annotation) if field else None
+        if inner is None:
             break
         owner = inner
     return owner, path

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from engine.config import section
+
 
 def describe_keys(verb: str) -> str:
     """The keys of the verb's recipe, one per paragraph line, for a terminal."""
@@ -26,14 +28,14 @@ def describe_keys(verb: str) -> str:
 def _lines(recipe: type[BaseModel], prefix: str = "") -> list[str]:
     lines = []
     for name, field in recipe.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = section(field.annotation)
+        if inner is not field.annotation:
+            meaning = ": ".join(part for part in (_choices(field.annotation), field.description) if part)
+            lines += textwrap.wrap(
+                f"{f'{prefix}{name}':<24} {_default(field.default)}  {meaning}", width=118, subsequent_indent=" " * 27
+            )
+        if inner is not None:
             lines += _lines(inner, f"{prefix}{name}.")
-            continue
-        meaning = ": ".join(part for part in (_choices(inner), field.description) if part)
-        lines += textwrap.wrap(
-            f"{f'{prefix}{name}':<24} {_default(field.default)}  {meaning}", width=118, subsequent_indent=" " * 27
-        )
     return lines
 
 

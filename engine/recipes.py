@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from engine.config import UsageError, Verbatim, build, nearest, typed
+from engine.config import Recipe, UsageError, Verbatim, build, nearest, typed
 from engine.data.store import is_url
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, CropView, Triple, dino_views
+from engine.view_recipes import AugmentKeys, DinoRecipe, EctKeys, LocalityKeys
 from models.config import MODEL_CONFIGS
 from sharding.plan import ShardOptions
 
@@ -35,26 +38,17 @@ def _as_places(value: Any) -> Any:
     return _as_place(value)
 
 
+def _with_text_keys(value: Any) -> Any:
+    """Labels may look like numbers or truth values."""
+    return {str(key): part for key, part in value.items()} if isinstance(value, dict) else value
+
+
 Place = Annotated[Path, BeforeValidator(_as_text), Verbatim()]
 Places = Annotated[Path | str | tuple[Path | str, ...], BeforeValidator(_as_places), Verbatim()]
 Text = Annotated[str, BeforeValidator(_as_text), Verbatim()]
 
 
-class _Recipe(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, values: Any) -> Any:
-        # Python takes True for 1, and YAML takes `yes` and `on` for True.
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation not in (bool, Any):
-                raise ValueError(f"{name}={value}: expected a number or text, found a truth value")
-        return values
-
-
-class ShardRecipe(_Recipe):
+class ShardRecipe(Recipe):
     """`engine shard`: slides to a dataset."""
 
     slides: Text = Field(description="folder (searched below too), glob, or CSV or TSV (path, slide_id, mpp, more)")
@@ -88,7 +82,7 @@ class ShardRecipe(_Recipe):
         None, ge=1, description="take this many slides, chosen at random by the seed; null is all"
     )
     barcodes: Literal["none", "tcga"] = Field(
-        "none", description="columns patient_id, sample_type and label from the names of slides"
+        "none", description="columns patient_id, site, sample_type and label from the names of slides"
     )
     md5_manifest: Place | None = Field(None, description="GDC manifest or md5sum output to check slides by")
     plans: Place | None = Field(None, description="folder that keeps plans for later runs; a dry run fills it too")
@@ -118,7 +112,7 @@ class ShardRecipe(_Recipe):
         )
 
 
-class OptimRecipe(_Recipe):
+class OptimRecipe(Recipe):
     """AdamW and its schedule, in optimiser steps."""
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -135,7 +129,7 @@ class OptimRecipe(_Recipe):
         return self
 
 
-class TrainRecipe(_Recipe):
+class TrainRecipe(Recipe):
     """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
 
     dataset: Places = Field(description="folder or URL (s3://...) of a dataset of `engine shard`, or several as A,B")
@@ -143,14 +137,34 @@ class TrainRecipe(_Recipe):
         None, description="SQL condition on columns of index.parquet and slides.parquet"
     )
     balance: Annotated[Text | None, Verbatim()] = Field(
-        None, description="column of either table whose values come equally often"
+        None, description="column of either table (class, slide, patient, site) whose values come equally often"
+    )
+    balance_weights: Annotated[dict[str, float] | None, BeforeValidator(_with_text_keys)] = Field(
+        None, description="how often each value of balance comes, as {tumour: 2, normal: 1}; null is equally often"
+    )
+    locality: LocalityKeys = Field(
+        None, description="true or its keys: read neighbouring samples together, for slow disks and object stores"
+    )
+    bad_samples: Literal["fail", "replace"] = Field(
+        "fail", description="what a sample that cannot be read or decoded does; replaced ones are counted, exit code 3"
     )
     run: Place = Field(description="folder of the run; made where it is missing")
     model: Any = Field(description="name and keys of a config in models.config")
     steps: int = Field(ge=1, description="optimiser steps in all")
     batch_size: int = Field(64, ge=1, description="global, per optimiser step; divisible by the number of processes")
+    views: Literal["crop", "twins", "dino"] = Field(
+        "crop", description="of each sample: one crop, the same one twice, or DINO's large and small ones"
+    )
     crop_px: int = Field(224, ge=16, description="what the model sees; not larger than the stored patch")
     flips: bool = Field(True, description="random horizontal and vertical flips")
+    rotations: bool = Field(False, description="random turns by 0, 90, 180 or 270 degrees; views=dino always has them")
+    ect: EctKeys = Field(
+        None, description="true or its keys: extended-context translation, see `engine shard` context_px"
+    )
+    augment: AugmentKeys = Field(None, description="its keys; views=dino brings its own")
+    dino: DinoRecipe = DinoRecipe()
+    mean: Triple = Field(IMAGENET_MEAN, description="of red, green and blue in 0..1; images are (pixel - mean) / std")
+    std: Triple = Field(IMAGENET_STD, description="of red, green and blue")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of process tokens that is masked")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, sample order, crops and masks")
     processes: int | Literal["auto"] = Field("auto", description="ranks; auto is one per visible GPU, else one")
@@ -170,7 +184,28 @@ class TrainRecipe(_Recipe):
             raise ValueError(
                 f"batch_size={self.batch_size} with processes={self.processes}: expected a batch that divides evenly"
             )
+        if self.balance_weights is not None and self.balance is None:
+            raise ValueError("balance_weights without balance: name the column whose values they weight")
+        if self.balance is not None and self.locality is not None:
+            raise ValueError("balance and locality exclude each other: members of a class are not neighbours")
+        if self.views == "dino" and (self.augment is not None or not self.flips):
+            raise ValueError("views=dino brings its own flips and augmentations: leave out flips and augment")
+        if self.views != "dino" and self.dino != DinoRecipe():
+            raise ValueError(f"dino.* with views={self.views}: only views=dino has small crops")
+        self.crop_views()
         return self
+
+    def crop_views(self) -> list[CropView]:
+        """What the loader delivers of each sample."""
+        mean, std, ect = self.mean, self.std, self.ect.made() if self.ect else None
+        if self.views == "dino":
+            options = dict(self.dino)
+            return dino_views(self.crop_px, options.pop("small_px"), ect=ect, mean=mean, std=std, **options)
+        augment = self.augment.made() if self.augment else None
+        view = CropView(
+            self.crop_px, flips=self.flips, rotations=self.rotations, ect=ect, augment=augment, mean=mean, std=std
+        )
+        return [view, replace(view, draws_of=0)] if self.views == "twins" else [view]
 
     @property
     def datasets(self) -> tuple[Path | str, ...]:
@@ -203,6 +238,8 @@ def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
         if key not in known:
             raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
     recipe = build(TrainRecipe, values)
+    if recipe.views == "dino":
+        raise UsageError(f"views=dino with model.name={name}: it is trained on one crop of a sample, not on several.")
     config: Any = build(MODEL_CONFIGS[name], options, prefix="model.")
     if not hasattr(config, "num_noise"):
         raise UsageError(f"model.name={name}: engine train has no objective for it; it masks images and predicts them.")

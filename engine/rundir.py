@@ -20,7 +20,7 @@ from sharding.atomic import atomic_path, sweep_temporary, write_json
 METRICS = "metrics.jsonl"
 # What a resumed run may change: where things lie, how long it goes on and how it is carried out.
 _PLACES = {"run", "dataset", "cache", "cache_gib"}
-_FREE_KEYS = _PLACES | {"steps", "processes", "loader", "precision", "log_every", "checkpoint_every"}
+_FREE_KEYS = _PLACES | {"steps", "processes", "loader", "bad_samples", "precision", "log_every", "checkpoint_every"}
 _PACKAGES = ("pathology-engine", "torch", "numpy", "nvidia-dali-cuda120", "simplejpeg", "timm", "pyarrow")
 
 

@@ -57,6 +57,11 @@ class Barcode:
         return f"{self.project}-{self.tissue_source_site}-{self.participant}"
 
     @property
+    def site(self) -> str:
+        """The tissue source site: staining and scanner come with it, and a model may learn them."""
+        return self.tissue_source_site
+
+    @property
     def sample_type(self) -> str | None:
         """GDC's words for the sample type code; None for a code that has none."""
         return SAMPLE_TYPES.get(self.sample_type_code or "")
@@ -75,7 +80,7 @@ def parse_barcode(name: str) -> Barcode | None:
 
 
 def barcode_columns(slides: Sequence[ListedSlide]) -> tuple[list[ListedSlide], list[str]]:
-    """The slides with columns patient_id, sample_type (GDC's words) and label (1 tumour, 0 normal) by their barcodes.
+    """The slides with columns patient_id, site, sample_type (GDC's words) and label (1 tumour, 0 normal) by barcode.
 
     A column that the list has already stays as it is, for every slide. The barcode is that of the slide_id, else of the
     file name; where neither is one the new columns are None, and the slide's id is in the second list returned.
@@ -88,7 +93,7 @@ def barcode_columns(slides: Sequence[ListedSlide]) -> tuple[list[ListedSlide], l
             unnamed.append(slide.slide_id)
         found = {
             name: barcode and getattr(barcode, name)
-            for name in ("patient_id", "sample_type", "label")
+            for name in ("patient_id", "site", "sample_type", "label")
             if name not in taken
         }
         named.append(replace(slide, columns={**slide.columns, **found}))

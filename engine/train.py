@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UsageError
+from engine.data.regions import check_views
 from engine.data.selection import open_datasets, select
+from engine.data.weighted import class_shares
 from engine.recipes import TrainRecipe
 from engine.rundir import prepare_run, read_metrics
 from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
@@ -23,7 +25,7 @@ _MEAN_OF = 5
 
 
 def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Train and return {run, steps, start_step, samples_seen, loss_first, loss_last, checkpoint}.
+    """Train and return {run, steps, start_step, samples_seen, replaced, loss_first, loss_last, checkpoint}.
 
     `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
     Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
@@ -55,16 +57,13 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
 def _check_datasets(recipe: TrainRecipe) -> None:
     try:
         datasets = open_datasets(recipe.datasets, cache=recipe.cache, cache_bytes=recipe.cache_bytes)
-        select(datasets, where=recipe.where, by=recipe.balance)
+        locality = recipe.locality.made() if recipe.locality else None
+        check_views(datasets, recipe.crop_views(), locality=locality, bad_samples=recipe.bad_samples)
+        selection = select(datasets, where=recipe.where, by=recipe.balance)
+        if recipe.balance is not None:
+            class_shares(selection.labels, recipe.balance_weights)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    for dataset in datasets:
-        stored_px = int(dataset.meta["recipe"]["context_px"])
-        if recipe.crop_px > stored_px:
-            raise UsageError(
-                f"crop_px={recipe.crop_px} does not fit the dataset's patches of {stored_px} px; "
-                "lower crop_px, or shard with a larger context_px."
-            )
 
 
 def _processes(recipe: TrainRecipe) -> int:
@@ -134,7 +133,7 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
     import torch
 
-    from engine.data import Balance, CropView, open_loader
+    from engine.data import Balance, open_loader
     from engine.runtime import Runtime
     from engine.trainer import process_group, train
     from models import build_model
@@ -153,25 +152,28 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
         loader = open_loader(
             recipe.datasets,
             batch_size_per_rank=recipe.batch_size // runtime.world_size,
-            views=[CropView(recipe.crop_px, flips=recipe.flips)],
+            views=recipe.crop_views(),
             backend=recipe.loader,
             seed=recipe.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
             device=runtime.device,
             where=recipe.where,
-            balance=Balance(recipe.balance) if recipe.balance else None,
+            balance=Balance(recipe.balance, recipe.balance_weights) if recipe.balance else None,
+            locality=recipe.locality.made() if recipe.locality else None,
+            bad_samples=recipe.bad_samples,
             cache=recipe.cache,
             cache_bytes=recipe.cache_bytes,
         )
         with loader:
-            start, seen = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)
+            start, seen, replaced = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),
         "steps": recipe.steps,
         "start_step": start,
         "samples_seen": seen,
+        "replaced": replaced,
         "loss_first": _mean(losses[:_MEAN_OF]),
         "loss_last": _mean(losses[-_MEAN_OF:]),
         "checkpoint": str((recipe.run / "last").resolve()),
@@ -206,11 +208,13 @@ def describe(result: dict[str, Any]) -> str:
     first, last = (
         f"{value:.4f}" if value is not None else "none" for value in (result["loss_first"], result["loss_last"])
     )
+    replaced = f"{result['replaced']} bad samples were replaced; `engine verify` lists what is damaged"
     return "\n".join(
         [
             f"{result['run']}: step {result['steps']}, {result['samples_seen']} samples seen "
             f"({result['loader']} loader, {result['device']})",
             f"  loss at the start {first}, at the end {last} (means of {_MEAN_OF} steps)",
             f"  checkpoint {result['checkpoint']}",
+            *([f"  {replaced}"] if result["replaced"] else []),
         ]
     )

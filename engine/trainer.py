@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from engine.console import progress
 from engine.data.batches import PatchBatch
-from engine.data.loader import PatchLoader
+from engine.data.opening import StreamLoader
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.recipes import TrainRecipe
 from engine.rundir import METRICS, step_of
@@ -34,17 +34,19 @@ Objective = Callable[[nn.Module, PatchBatch, npt.NDArray[np.int64]], dict[str, T
 
 
 def train(
-    recipe: TrainRecipe, runtime: Runtime, model: nn.Module, objective: Objective, loader: PatchLoader
-) -> tuple[int, int]:
+    recipe: TrainRecipe, runtime: Runtime, model: nn.Module, objective: Objective, loader: StreamLoader
+) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
-    Every rank calls this. Returns (step it started from, samples seen by all ranks together).
+    Every rank calls this. Returns (step it started from, samples seen, bad samples replaced in the whole run), the last
+    two of all ranks together.
     Raises RuntimeError where the loss is not finite.
     """
     device = torch.device(runtime.device)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optim)
-    start = _restore(recipe.run, model, optimizer, loader)
+    start, replaced_before = _restore(recipe.run, model, optimizer, loader)
+    replaced = replaced_before
     parallel = _parallel(model, runtime)
     share = recipe.batch_size // runtime.world_size
     if runtime.world_size > 1 and start < recipe.steps:
@@ -75,24 +77,28 @@ def train(
                     f"{means['grad_norm']:.3g}): lower optim.lr and start anew; to go on from an earlier checkpoint, "
                     f"remove the later ones from {recipe.run / 'checkpoints'}"
                 )
+            if means and recipe.bad_samples == "replace":
+                replaced = replaced_before + _sum_over_ranks(len(loader.replacements), runtime)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
                 after_step(step + 1, recipe.steps)
-            log.step(step + 1, means if logged else {}, rate, loader.seen, waited, time.monotonic() - began)
+            counts = {"seen": loader.seen, "replaced": replaced}
+            log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
-                _save(recipe, runtime, step + 1, model, optimizer, loader)
-    return start, loader.seen
+                _save(recipe, runtime, step + 1, model, optimizer, loader, replaced)
+    return start, loader.seen, replaced
 
 
-def _restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: PatchLoader) -> int:
+def _restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: StreamLoader) -> tuple[int, int]:
+    """Return the step of the run's last checkpoint and the samples replaced until then; 0 and 0 without one."""
     checkpoint = last_checkpoint(run)
     if checkpoint is None:
-        return 0
+        return 0, 0
     state = load_checkpoint(checkpoint, model)
     optimizer.load_state_dict(state["optimizer"])
     loader.load_state_dict(state["loader"])
-    return step_of(checkpoint)
+    return step_of(checkpoint), int(state["replaced"])
 
 
 def _save(
@@ -101,12 +107,14 @@ def _save(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: PatchLoader,
+    loader: StreamLoader,
+    replaced: int,
 ) -> None:
     if runtime.is_main:
         state = {
             "step": step,
             "seen": loader.seen,
+            "replaced": replaced,
             "optimizer": optimizer.state_dict(),
             "loader": loader.state_dict(),
             "world_size": runtime.world_size,
@@ -124,7 +132,7 @@ def _parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def _settle_buckets(
-    parallel: nn.Module, objective: Objective, loader: PatchLoader, recipe: TrainRecipe, runtime: Runtime
+    parallel: nn.Module, objective: Objective, loader: StreamLoader, recipe: TrainRecipe, runtime: Runtime
 ) -> None:
     """One backward pass that changes nothing, right after wrapping.
 
@@ -132,9 +140,9 @@ def _settle_buckets(
     resumed run would then differ from an uninterrupted one in the last bits of its first step.
     """
     share = recipe.batch_size // runtime.world_size
-    images = torch.zeros((share, 3, recipe.crop_px, recipe.crop_px), device=runtime.device)
+    images = [torch.zeros((share, 3, view.size_px, view.size_px), device=runtime.device) for view in loader.views]
     rows = torch.zeros(share, dtype=torch.int64)
-    batch = PatchBatch([images], rows, np.zeros(share, np.uint64))
+    batch = PatchBatch(images, rows, np.zeros(share, np.uint64))
     objective(parallel, batch, np.arange(share))["loss"].backward()
     parallel.zero_grad(set_to_none=True)
 
@@ -146,6 +154,14 @@ def _mean_over_ranks(values: dict[str, Tensor], runtime: Runtime) -> dict[str, f
         torch.distributed.all_reduce(stacked)
         stacked /= runtime.world_size
     return dict(zip(names, stacked.tolist(), strict=True))
+
+
+def _sum_over_ranks(count: int, runtime: Runtime) -> int:
+    if runtime.world_size == 1:
+        return count
+    total = torch.tensor(count, device=runtime.device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 class _Log:
@@ -174,7 +190,9 @@ class _Log:
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
 
-    def step(self, step: int, means: dict[str, float], rate: float, seen: int, waited: float, total: float) -> None:
+    def step(
+        self, step: int, means: dict[str, float], rate: float, counts: dict[str, int], waited: float, total: float
+    ) -> None:
         """Note one step; `means` is empty for a step that is not logged. Times in seconds, this rank's."""
         if not self._main:
             return
@@ -188,7 +206,7 @@ class _Log:
         share = self._waited / max(self._total, 1e-9)
         self._waited = self._total = 0.0
         self._steps = 0
-        line = {"step": step, **_rounded(means), "lr": rate, "seen": seen}
+        line = {"step": step, **_rounded(means), "lr": rate, **counts}
         line |= {"samples_per_s": round(speed, 2), "data_wait": round(share, 4)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -22,6 +22,7 @@ from models.model_config import ModelConfig, nearest
 from models.vittm_config import ViTTMConfig, ViTTMHMRConfig, ViTTMMAEConfig
 
 __all__ = [
+    "MODEL_CONFIGS",
     "ABMILConfig",
     "CLAMMBConfig",
     "CLAMSBConfig",
@@ -33,7 +34,6 @@ __all__ = [
     "HIPTPatchConfig",
     "HIPTRegionConfig",
     "HIPTSlideConfig",
-    "MODEL_CONFIGS",
     "ModelConfig",
     "PoolMILConfig",
     "TimmConfig",

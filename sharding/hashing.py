@@ -14,17 +14,23 @@ U64Array = npt.NDArray[np.uint64]
 
 def mix64(words: U64Array) -> U64Array:
     """splitmix64's finaliser, a bijection of 64-bit words that leaves 0 as it is; uint64 of any shape."""
-    mixed = words ^ (words >> np.uint64(30))
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
+    return mix64_in_place(words.copy())
+
+
+def mix64_in_place(words: U64Array) -> U64Array:
+    """`mix64`, written over its argument, which it returns: memory is what limits it."""
+    shifted = words >> np.uint64(30)
+    words ^= shifted
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= np.right_shift(words, np.uint64(27), out=shifted)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= np.right_shift(words, np.uint64(31), out=shifted)
+    return words
 
 
 def splitmix64(words: U64Array) -> U64Array:
     """Steele, Lea and Flood's splitmix64, a bijection of 64-bit words; uint64 of any shape."""
-    return mix64(words + np.uint64(0x9E3779B97F4A7C15))
+    return mix64_in_place(words + np.uint64(0x9E3779B97F4A7C15))
 
 
 def order_keys(sample_id: U64Array, seed: int) -> U64Array:

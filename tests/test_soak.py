@@ -17,7 +17,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from engine import synth
+from engine import shard, synth
+from engine.recipes import ShardRecipe
 
 ENGINE = str(Path(sys.executable).parent / "engine")
 KILLS = 200
@@ -116,6 +117,46 @@ def _is_the_same(out: Path, undisturbed: Path) -> None:
             assert (out / path.relative_to(undisturbed)).read_bytes() == path.read_bytes(), path
     keys = pq.read_table(out / "index.parquet", columns=["key"])["key"].to_pylist()
     assert len(set(keys)) == len(keys)
+
+
+# A plain view and a finished one, threads on, a restart from the state after every tenth.
+LOADING = """
+import json, os, sys
+from pathlib import Path
+from engine.data import Augment, CropView, Ect, open_loader
+
+views = [CropView(112), CropView(48, ect=Ect(), rotations=True, augment=Augment(jitter=0.8, blur=0.5))]
+told = {"seen": [], "resident_mib": [], "descriptors": []}
+with open_loader(sys.argv[1], batch_size_per_rank=100, views=views, backend=sys.argv[2], threads=2) as loader:
+    for number in range(1, 3001):
+        next(loader)
+        if number % 300 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            told["seen"].append(loader.seen)
+            told["resident_mib"].append(pages * os.sysconf("SC_PAGE_SIZE") >> 20)
+            told["descriptors"].append(len(list(Path("/proc/self/fd").iterdir())))
+            loader.load_state_dict(loader.state_dict())
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_three_hundred_thousand_samples_leave_memory_and_descriptors_flat(backend: str, tmp_path: Path) -> None:
+    synth.run(tmp_path / "slides", slides=2, size=2048)
+    recipe = ShardRecipe(
+        slides=str(tmp_path / "slides"), out=tmp_path / "dataset", context_px=128, patches_per_shard=8, workers=1
+    )
+    shard.run(recipe, local=True)
+    command = [sys.executable, "-P", "-c", LOADING, str(tmp_path / "dataset"), backend]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print(f"{backend}: {told}")
+    assert told["seen"][-1] == 300_000
+    assert len(set(told["descriptors"])) == 1
+    # Before and after the middle; allocators settle within the first tenths. 1 KB a sample would be 150 MiB.
+    resident_mib = told["resident_mib"][2:]
+    assert sum(resident_mib[4:]) / 4 - sum(resident_mib[:4]) / 4 < 40
 
 
 def _finish(command: list[str]) -> str:

@@ -19,21 +19,19 @@ import torch
 
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
-from engine.data.order import Stream, rank_positions
+from engine.data.order import Stream, planned_rows
 from engine.data.reading import Pending, Sample, SampleReader
 from engine.data.views import CropView, draw_view
 from sharding.index import Dataset
 
 Rows = npt.NDArray[np.int64]
 
-_BATCHES_READ_AHEAD = 3  # at least, beside those inside the decoder; encoded batches are small
-
 
 @dataclass(slots=True)
 class _Ahead:
     """A batch that is being read."""
 
-    positions: range
+    positions: Rows
     rows: Rows
     present: npt.NDArray[np.bool_] | None = None
     reads: list[Pending] = field(default_factory=list)
@@ -55,8 +53,12 @@ class PatchLoader:
         seen: int,
         rank: int,
         world_size: int,
+        read_ahead: int,
     ) -> None:
-        """`stream` orders rows, or `regions` (see `region_rows`) where these are the samples."""
+        """`stream` orders rows, or `regions` (see `region_rows`) where these are the samples.
+
+        read_ahead: batches that are read, at least, beside those inside the decoder; encoded batches are small.
+        """
         self._reader = reader
         self._decoder = decoder
         self._regions = regions
@@ -69,6 +71,7 @@ class PatchLoader:
         self._views = tuple(views)
         self._rank = rank
         self._world_size = world_size
+        self._read_ahead = read_ahead
         self._seen = seen
         self._batches: Generator[Decoded, None, None] | None = None
         self._failure: Exception | None = None
@@ -78,6 +81,11 @@ class PatchLoader:
     def seen(self) -> int:
         """Samples delivered so far by all ranks together, prefetched ones not counted."""
         return self._seen
+
+    @property
+    def views(self) -> tuple[CropView, ...]:
+        """What is delivered of each sample."""
+        return self._views
 
     @property
     def backend(self) -> str:
@@ -168,21 +176,19 @@ class PatchLoader:
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
         pending: deque[_Ahead] = deque()
-        step = 0
+        planned = planned_rows(self._stream, self._batch_size_per_rank, self._rank, self._world_size, first=first)
         try:
             while True:
-                while len(pending) < max(_BATCHES_READ_AHEAD, self._batches_at_once + 1):
-                    together = [self._ahead(first, step + number) for number in range(self._batches_at_once)]
+                while len(pending) < max(self._read_ahead, self._batches_at_once + 1):
+                    together = [self._ahead(*next(planned)) for _ in range(self._batches_at_once)]
                     reads = iter(self._reader.submit(np.concatenate([batch.rows for batch in together])))
                     for batch in together:
                         batch.reads = list(islice(reads, len(batch.rows)))
                     pending.extend(together)
-                    step += self._batches_at_once
                 batch = pending.popleft()
                 samples = self._reader.collect(batch.reads)
                 # All patches of a region share its position, and with it every draw.
-                per_row = np.arange(batch.positions.start, batch.positions.stop)
-                per_row = per_row.repeat(len(batch.rows) // len(per_row))
+                per_row = batch.positions.repeat(len(batch.rows) // len(batch.positions))
                 yield self._planned(per_row, batch.rows, samples, batch.present)
         except Exception as failure:
             self._failure = failure
@@ -191,10 +197,8 @@ class PatchLoader:
                 for read in batch.reads:
                     read.task.cancel()
 
-    def _ahead(self, first: int, step: int) -> _Ahead:
-        """Plan the batch that is `step` after the one at global position `first`."""
-        positions = rank_positions(step, self._batch_size_per_rank, self._rank, self._world_size, first=first)
-        rows = self._stream.rows(positions.start, len(positions))
+    def _ahead(self, positions: Rows, rows: Rows) -> _Ahead:
+        """Plan a batch of samples, or of regions, at stream positions."""
         if self._regions is None:
             return _Ahead(positions, rows)
         rows = self._regions[rows]

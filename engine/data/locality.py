@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.hashing import absorb, seed_state
-from engine.data.order import Int64, check_stream, epochs_and_places, permuted, round_keys
+from engine.data.order import Int64, check_stream, in_portions, permuted, position_range, round_keys, split
 from sharding.hashing import U64Array
 
 LOCALITY_VERSION = "blocks-1"
@@ -64,11 +64,18 @@ class BlockStream:
 
     def rows(self, first: int, count: int) -> Int64:
         """Return the rows at positions [first, first + count), int64[count]; the range may cross epochs."""
-        epochs, places = epochs_and_places(first, count, self.num_rows)
+        return self.rows_at(position_range(first, count))
+
+    def rows_at(self, positions: Int64) -> Int64:
+        """See `order.Stream.rows_at`."""
+        return in_portions(self._portion, positions)
+
+    def _portion(self, positions: Int64) -> Int64:
+        epochs, places = split(positions, self.num_rows)
         block_rows, window_blocks = self.blocks.block_rows, self.blocks.window_blocks
         windows = places // (block_rows * window_blocks)
         # A window's keys are made once: its positions follow each other.
-        starts = np.ones(count, dtype=bool)
+        starts = np.ones(len(positions), dtype=bool)
         starts[1:] = (windows[1:] != windows[:-1]) | (epochs[1:] != epochs[:-1])
         which = np.cumsum(starts) - 1
         epoch_states = absorb(seed_state(self.seed, _DOMAIN), epochs[starts].astype(np.uint64))

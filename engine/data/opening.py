@@ -16,7 +16,7 @@ from engine.data.loader import PatchLoader, checked_seen
 from engine.data.locality import Blocks, BlockStream
 from engine.data.order import SampleStream, Stream, SubsetStream, rank_positions, substitute_position
 from engine.data.reading import BadSampleError, Replacement, Sample, SampleReader
-from engine.data.regions import patches_per_sample, region_rows
+from engine.data.regions import BadSamples, check_views, patches_per_sample, region_classes, region_rows
 from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.store import DEFAULT_CACHE_BYTES, StoreOptions
 from engine.data.views import CropView
@@ -27,7 +27,6 @@ from sharding.index import Dataset
 _log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "dali", "torch"]
-BadSamples = Literal["fail", "replace"]
 
 _SUBSTITUTES_TRIED = 8
 
@@ -50,6 +49,7 @@ class StreamLoader(PatchLoader):
         seen: int,
         rank: int,
         world_size: int,
+        read_ahead: int,
     ) -> None:
         super().__init__(
             datasets[0],
@@ -62,16 +62,18 @@ class StreamLoader(PatchLoader):
             seen=seen,
             rank=rank,
             world_size=world_size,
+            read_ahead=read_ahead,
         )
         self._rows_identity = rows_identity
         self._bad_samples = bad_samples
-        self._planned_replacements: dict[int, Replacement] = {}  # of batches that are prefetched
-        self._replacements: dict[int, Replacement] = {}
+        # By position and row; first those of batches that are prefetched.
+        self._planned_replacements: dict[tuple[int, int], Replacement] = {}
+        self._replacements: dict[tuple[int, int], Replacement] = {}
 
     @property
     def replacements(self) -> list[Replacement]:
         """The bad samples among those delivered by this rank since the loader was opened, in order."""
-        return [self._replacements[position] for position in sorted(self._replacements) if position < self._seen]
+        return [self._replacements[key] for key in sorted(self._replacements) if key[0] < self._seen]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides which samples come next, as plain numbers, strings, lists and dicts."""
@@ -88,11 +90,11 @@ class StreamLoader(PatchLoader):
                 # Found by the decoder. The batch is planned anew from `seen`, now without this sample.
                 self._reader.condemn(error)
                 continue
-            for position in [each for each in self._planned_replacements if each < self._seen]:
-                replacement = self._planned_replacements.pop(position)
-                if self._replacements.get(position) != replacement:
-                    self._replacements[position] = replacement
-                    _log.warning("row %d is delivered instead: %s", replacement.substitute, replacement.fault)
+            for key in [key for key in self._planned_replacements if key[0] < self._seen]:
+                replacement = self._planned_replacements.pop(key)
+                if self._replacements.get(key) != replacement:
+                    self._replacements[key] = replacement
+                    _log.warning("%s: %s", replacement.outcome, replacement.fault)
             return batch
 
     def _restart(self) -> None:
@@ -107,18 +109,38 @@ class StreamLoader(PatchLoader):
         present: npt.NDArray[np.bool_] | None,
     ) -> EncodedBatch:
         rows, samples = rows.copy(), list(samples)
+        present = None if present is None else present.copy()
         for place, sample in enumerate(samples):
-            if sample.fault is not None:
-                rows[place], samples[place] = self._substitute(int(positions[place]), sample.fault)
+            if sample.fault is None:
+                continue
+            position = int(positions[place])
+            if present is None:
+                rows[place], samples[place] = self._substitute(position, sample.fault)
+                self._note(position, sample.fault, int(rows[place]))
+                continue
+            region, inside = divmod(place, present.shape[1])
+            if present[region, inside]:
+                present[region, inside] = False
+                self._note(position, sample.fault, None)
+            # As for patches that are missing, one that is there stands in: decoders want full batches.
+            neighbours = range(place - inside, place - inside + present.shape[1])
+            good = next((other for other in neighbours if samples[other].fault is None), None)
+            if good is None:
+                rows[place], samples[place] = self._substitute(position, sample.fault)
+            else:
+                rows[place], samples[place] = rows[good], samples[good]
         return super()._planned(positions, rows, samples, present)
+
+    def _note(self, position: int, fault: BadSampleError, substitute: int | None) -> None:
+        self._planned_replacements[position, fault.row] = Replacement(position, fault.row, substitute, fault)
 
     def _substitute(self, position: int, fault: BadSampleError) -> tuple[int, Sample]:
         """Return the row and the sample that are delivered at a position whose own sample is bad."""
         for attempt in range(_SUBSTITUTES_TRIED):
-            row = int(self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)[0])
+            at = self._stream.rows(substitute_position(self._stream.seed, position, attempt), 1)[0]
+            row = int(at if self._regions is None else self._regions[at].max())
             sample = self._reader.read_one(row)
             if sample.fault is None:
-                self._planned_replacements[position] = Replacement(position, fault.row, row, fault)
                 return row, sample
         raise RuntimeError(f"{_SUBSTITUTES_TRIED} substitutes of a bad sample are bad as well: {fault}") from fault
 
@@ -135,6 +157,7 @@ def open_loader(
     world_size: int = 1,
     device: str | torch.device = "auto",
     threads: int | None = None,
+    prefetch: int = 2,
     where: str | None = None,
     balance: Balance | None = None,
     locality: Blocks | None = None,
@@ -150,47 +173,40 @@ def open_loader(
     (of samples that it keeps) say how it is read, see `open_remote_dataset`. where: an SQL condition
     over the columns of index.parquet and slides.parquet, see `selection.select`. balance: classes by their weights, not
     each row once per epoch. locality: neighbouring rows near each other. bad_samples: "replace" delivers another row
-    in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError. A
-    store that cannot be reached raises StoreError in either case.
+    in place of one that cannot be read or decoded, see `StreamLoader.replacements`; "fail" raises BadSampleError.
+    Of a region (views of `region`) nothing is put in place of a bad patch: it is absent, as one that was never stored,
+    and reported. A store that cannot be reached raises StoreError in either case.
 
     backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
     "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
-    this process may use, at most 16. Raises ValueError for what cannot work (a crop larger than the patches, a rank
-    that does not exist) and ImportError for a named backend that is missing, both before any thread starts.
+    this process may use, at most 16. prefetch: batches that are decoded ahead; one more is read. Neither changes what
+    is delivered. Raises ValueError for what cannot work (a crop larger than the patches, a rank that does not exist)
+    and ImportError for a named backend that is missing, both before any thread starts.
     """
     given = [dataset] if isinstance(dataset, Dataset | Path | str) else dataset
     datasets = open_datasets(given, store_options=store_options, cache=cache, cache_bytes=cache_bytes)
     checked_seen(seen)
     rank_positions(0, batch_size_per_rank, rank, world_size)
-    if not views:
-        raise ValueError("views is empty: a loader delivers at least one view of each sample")
+    if prefetch < 1:
+        raise ValueError(f"prefetch is {prefetch}; at least 1 batch is decoded ahead")
     if bad_samples not in ("fail", "replace"):
         raise ValueError(f"bad_samples is {bad_samples!r}; it has to be 'fail' or 'replace'")
-    per_sample = patches_per_sample(datasets[0], views)
-    if per_sample > 1 and (where or balance or locality or len(datasets) > 1 or bad_samples == "replace"):
-        raise ValueError(
-            "views of regions take one dataset as it is: where, balance, locality, several datasets and "
-            "bad_samples='replace' are for patches"
-        )
-    regions = region_rows(datasets[0], views)
+    check_views(datasets, views, locality=locality, bad_samples=bad_samples)
     selection = select(datasets, where=where, by=balance.by if balance else None)
-    num_rows = sum(each.num_rows for each in datasets) if selection.rows is None else len(selection.rows)
-    if regions is not None:
-        num_rows = len(regions)
-    stream = _make_stream(num_rows, seed, selection, balance, locality)
+    regions = region_rows(datasets, views, selection.rows)
+    stream = _make_stream(datasets, regions, seed, selection, balance, locality)
     reader = SampleReader(datasets, keep_faults=bad_samples == "replace")
-    for view in views:
-        view.check_fits(reader.patch_px, reader.patch_px)
     decoder = _make_decoder(
         backend,
         views=views,
-        batch_size=batch_size_per_rank * per_sample,
+        batch_size=batch_size_per_rank * patches_per_sample(datasets, views),
         threads=threads or min(16, usable_cores()),
+        prefetch=prefetch,
         device=_resolve_device(device),
         reader=reader,
     )
     names = ", ".join(each.name for each in datasets)
-    _log.info("loading %d samples of %s with %s on %s", num_rows, names, decoder.backend, decoder.device)
+    _log.info("loading %d samples of %s with %s on %s", stream.num_rows, names, decoder.backend, decoder.device)
     return StreamLoader(
         datasets,
         reader,
@@ -204,24 +220,37 @@ def open_loader(
         seen=seen,
         rank=rank,
         world_size=world_size,
+        read_ahead=prefetch + 1,
     )
 
 
 def _make_stream(
-    num_rows: int, seed: int, selection: Selection, balance: Balance | None, locality: Blocks | None
+    datasets: Sequence[Dataset],
+    regions: npt.NDArray[np.int64] | None,
+    seed: int,
+    selection: Selection,
+    balance: Balance | None,
+    locality: Blocks | None,
 ) -> Stream:
+    """Return the order of regions where these are the samples, else that of rows."""
+    if regions is not None:
+        num_samples, subset = len(regions), None
+    else:
+        subset = selection.rows
+        num_samples = sum(each.num_rows for each in datasets) if subset is None else len(subset)
     stream: Stream
     if balance is not None:
         if locality is not None:
             raise ValueError("balance and locality exclude each other: members of a class are not neighbours")
         assert selection.classes is not None, "`by` was given"
+        classes = selection.classes if regions is None else region_classes(regions, selection, balance.by)
         shares = class_shares(selection.labels, balance.weights)
-        stream = WeightedStream(selection.classes, shares, seed, by=balance.by, weights=balance.weights)
+        stream = WeightedStream(classes, shares, seed, by=balance.by, weights=balance.weights)
     elif locality is not None:
-        stream = BlockStream(num_rows, seed, locality)
+        stream = BlockStream(num_samples, seed, locality)
     else:
-        stream = SampleStream(num_rows, seed)
-    return stream if selection.rows is None else SubsetStream(stream, selection.rows)
+        stream = SampleStream(num_samples, seed)
+    return stream if subset is None else SubsetStream(stream, subset)
 
 
 def _make_decoder(
@@ -230,6 +259,7 @@ def _make_decoder(
     views: Sequence[CropView],
     batch_size: int,
     threads: int,
+    prefetch: int,
     device: torch.device,
     reader: SampleReader,
 ) -> Decoder:
@@ -247,11 +277,16 @@ def _make_decoder(
             _log.info("DALI does not import here (%s): decoding with simplejpeg", error)
         else:
             return DaliDecoder(
-                views, batch_size=batch_size, threads=threads, device=device, bad_sample=reader.bad_sample
+                views,
+                batch_size=batch_size,
+                threads=threads,
+                prefetch=prefetch,
+                device=device,
+                bad_sample=reader.bad_sample,
             )
     from engine.data.torch_loader import TorchDecoder
 
-    return TorchDecoder(views, threads=threads, device=device, bad_sample=reader.bad_sample)
+    return TorchDecoder(views, threads=threads, prefetch=prefetch, device=device, bad_sample=reader.bad_sample)
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

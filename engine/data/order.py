@@ -8,6 +8,8 @@ does not depend on the number of rows.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.hashing import absorb, seed_state
-from sharding.hashing import U64Array, mix64
+from sharding.hashing import U64Array, mix64_in_place
 
 Int64 = npt.NDArray[np.int64]
 
@@ -25,6 +27,7 @@ ORDER_VERSION = "feistel-1"
 _DOMAIN = 1
 _DOMAIN_SUBSTITUTES = 6
 _ROUNDS = 8  # four leave small permutations visibly uneven
+_PORTION = 1 << 15
 _MAX_ROWS = 1 << 62  # keeps both radices below 2**32, which _below relies on
 
 
@@ -48,6 +51,10 @@ class Stream(Protocol):
         """Return the rows at positions [first, first + count), int64[count]. Raises ValueError for a negative one."""
         ...
 
+    def rows_at(self, positions: Int64) -> Int64:
+        """Return the rows at positions (int64[n], each >= 0, ascending), int64[n]."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SampleStream:
@@ -65,10 +72,17 @@ class SampleStream:
 
     def rows(self, first: int, count: int) -> Int64:
         """Return the rows at positions [first, first + count), int64[count]; the range may cross epochs."""
-        epochs, places = epochs_and_places(first, count, self.num_rows)
-        # Consecutive positions lie in few epochs: their keys are made once each, and one alone broadcasts faster.
-        which = epochs - epochs[:1]
-        keys = round_keys(absorb(seed_state(self.seed, _DOMAIN), np.unique(epochs).astype(np.uint64)))
+        return self.rows_at(position_range(first, count))
+
+    def rows_at(self, positions: Int64) -> Int64:
+        """See `Stream.rows_at`."""
+        return in_portions(self._portion, positions)
+
+    def _portion(self, positions: Int64) -> Int64:
+        epochs, places = split(positions, self.num_rows)
+        # Ascending positions lie in few epochs: their keys are made once each, and one alone broadcasts faster.
+        distinct, which = runs(epochs)
+        keys = round_keys(absorb(seed_state(self.seed, _DOMAIN), distinct.astype(np.uint64)))
         return permuted(places, np.array([self.num_rows]), keys[:, which] if keys.shape[1] > 1 else keys)
 
 
@@ -98,6 +112,10 @@ class SubsetStream:
         """Return the rows of the whole at positions [first, first + count), int64[count]."""
         return self.subset[self.stream.rows(first, count)].astype(np.int64)
 
+    def rows_at(self, positions: Int64) -> Int64:
+        """See `Stream.rows_at`."""
+        return self.subset[self.stream.rows_at(positions)].astype(np.int64)
+
 
 def check_stream(num_rows: int, seed: int) -> None:
     """Raise ValueError where no stream of so many rows or with such a seed can be."""
@@ -106,13 +124,34 @@ def check_stream(num_rows: int, seed: int) -> None:
     seed_state(seed, _DOMAIN)  # refuses a seed out of range
 
 
-def epochs_and_places(first: int, count: int, num_rows: int) -> tuple[Int64, Int64]:
-    """Split positions [first, first + count) into epochs and places within them, each int64[count]."""
+def position_range(first: int, count: int) -> Int64:
+    """Return the positions [first, first + count), int64[count]. Raises ValueError for a negative one."""
     if first < 0 or count < 0:
         raise ValueError(f"positions start at 0: asked for {count} positions from {first}")
-    positions = np.arange(first, first + count, dtype=np.int64)
-    epochs = positions // num_rows
-    return epochs, positions - epochs * num_rows
+    return np.arange(first, first + count, dtype=np.int64)
+
+
+def in_portions(rows_of: Callable[[Int64], Int64], positions: Int64) -> Int64:
+    """Apply `rows_of` to portions whose intermediate results stay in a core's cache; int64[len(positions)]."""
+    if len(positions) <= _PORTION:
+        return rows_of(positions)
+    rows = np.empty(len(positions), np.int64)
+    for start in range(0, len(positions), _PORTION):
+        rows[start : start + _PORTION] = rows_of(positions[start : start + _PORTION])
+    return rows
+
+
+def split(positions: Int64, length: int) -> tuple[Int64, Int64]:
+    """Split positions, int64[n], into epochs of `length` and places within them, each int64[n]."""
+    epochs = positions // length
+    return epochs, positions - epochs * length
+
+
+def runs(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Int64]:
+    """Return the value of each run of equal neighbours, and for each element the number of its run, int64[n]."""
+    starts = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=starts[1:])
+    return values[starts], np.cumsum(starts) - 1
 
 
 def round_keys(states: U64Array) -> U64Array:
@@ -148,17 +187,26 @@ def _feistel(values: U64Array, sizes: U64Array, keys: U64Array) -> U64Array:
     for number, key in enumerate(keys):
         # Each round adds to one half a function of the other one, modulo the half's own radix: a bijection.
         if number % 2 == 0:
-            left += _below(mix64(right ^ key), radix_left)
-            left -= (left >= radix_left) * radix_left
+            _add_below(left, right ^ key, radix_left)
         else:
-            right += _below(mix64(left ^ key), radix_right)
-            right -= (right >= radix_right) * radix_right
-    return left * radix_right + right
+            _add_below(right, left ^ key, radix_right)
+    left *= radix_right
+    left += right
+    return left
 
 
-def _below(hashes: U64Array, bounds: U64Array) -> U64Array:
-    """Map hashes to [0, bound) by multiply and shift; bound < 2**32, and the bias, bound / 2**32, cannot be seen."""
-    return ((hashes >> np.uint64(32)) * bounds) >> np.uint64(32)
+def _add_below(half: U64Array, words: U64Array, radix: U64Array) -> None:
+    """Add to `half`, modulo its radix, a hash of `words` in [0, radix); both arrays are overwritten.
+
+    The hash comes by multiply and shift: radix < 2**32, and the bias, radix / 2**32, cannot be seen.
+    """
+    hashes = mix64_in_place(words)
+    hashes >>= np.uint64(32)
+    hashes *= radix
+    hashes >>= np.uint64(32)
+    half += hashes
+    # Where it is below the radix the difference wraps to a huge number, and the smaller of both is right.
+    np.minimum(half, np.subtract(half, radix, out=hashes), out=half)
 
 
 def _ceil_sqrt(sizes: U64Array) -> U64Array:
@@ -183,6 +231,21 @@ def rank_positions(step: int, batch_size_per_rank: int, rank: int, world_size: i
         raise ValueError(f"rank {rank} does not exist among world_size={world_size} ranks")
     start = first + (step * world_size + rank) * batch_size_per_rank
     return range(start, start + batch_size_per_rank)
+
+
+def planned_rows(
+    stream: Stream, batch_size_per_rank: int, rank: int, world_size: int, *, first: int = 0, at_once: int = 1 << 15
+) -> Iterator[tuple[Int64, Int64]]:
+    """Yield positions and rows of a rank's batches, int64[batch_size_per_rank] each, step after step, without end.
+
+    The positions are those of `rank_positions`. at_once: how many are computed together, about; the result is the
+    same, and a stream is some ten times as fast as by 256.
+    """
+    steps = np.arange(max(1, at_once // batch_size_per_rank))[:, None]
+    for done in itertools.count(0, len(steps)):
+        starts = first + ((done + steps) * world_size + rank) * batch_size_per_rank
+        positions = starts + np.arange(batch_size_per_rank)
+        yield from zip(positions, stream.rows_at(positions.reshape(-1)).reshape(positions.shape), strict=True)
 
 
 def substitute_position(seed: int, position: int, attempt: int) -> int:

@@ -56,12 +56,21 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A bad sample and what was delivered for it: the stream's position, the row it holds, the row that came."""
+    """A bad sample and what was delivered for it: the stream's position, the row it holds, the row that came.
+
+    `substitute` is None for a patch of a region: that is absent from its region.
+    """
 
     position: int
     row: int
-    substitute: int
+    substitute: int | None
     fault: BadSampleError = field(compare=False)
+
+    @property
+    def outcome(self) -> str:
+        if self.substitute is None:
+            return f"row {self.row} is absent from its region"
+        return f"row {self.substitute} is delivered instead"
 
 
 class _Entry(NamedTuple):
@@ -95,7 +104,7 @@ class SampleReader:
         self._first_shards = _firsts([len(dataset.shard_names) for dataset in self._datasets]).tolist()
         self._keep_faults = keep_faults
         self._condemned: dict[int, BadSampleError] = {}
-        self.patch_px = _patch_px(self._datasets)
+        self.patch_px = patch_px(self._datasets)
         self._sources = [_open_source(dataset) for dataset in self._datasets]
         # Datasets of several kinds are read like the one that is farthest away.
         self._manner = max(self._sources, key=lambda source: source.read_ahead_bytes)
@@ -297,7 +306,7 @@ def _firsts(counts: list[int]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *counts[:-1]], dtype=np.int64)
 
 
-def _patch_px(datasets: list[Dataset]) -> int:
+def patch_px(datasets: Sequence[Dataset]) -> int:
     """Return the side of the stored patches in px, one and the same for all datasets."""
     sizes_px = []
     for dataset in datasets:

@@ -21,7 +21,7 @@ from sharding.index import Dataset, DatasetDamagedError, open_dataset
 if TYPE_CHECKING:
     import polars as pl
 
-_ROW = "number_of_the_row"
+_ROW, _CLASS = "number_of_the_row", "class_of_the_row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,11 @@ def select(datasets: Sequence[Dataset], *, where: str | None = None, by: str | N
         return Selection()
     import polars as pl
 
-    parts, first = [], 0
+    parts, labels_of_parts, first = [], [], 0
     for dataset in datasets:
-        part = _selected(dataset, where, by)
+        part, labels = _selected(dataset, where, by)
         parts.append(part.with_columns(pl.col(_ROW).cast(pl.Int64) + first))
+        labels_of_parts.append(labels)
         first += dataset.num_rows
     table = pl.concat(parts)
     if table.height == 0:
@@ -97,14 +98,20 @@ def select(datasets: Sequence[Dataset], *, where: str | None = None, by: str | N
         rows = table.get_column(_ROW).cast(pl.Int32 if first < 2**31 else pl.Int64).to_numpy()
     if by is None:
         return Selection(rows)
-    column = table.get_column(by)
-    if missing := column.null_count():
+    if missing := table.get_column(_CLASS).null_count():
         raise ValueError(
             f"{missing} of {table.height} rows have no {by!r} to balance by: leave them out by where='{by} IS NOT NULL'"
         )
-    labels = column.unique().sort()
-    classes = column.cast(pl.Enum(labels)).to_physical().cast(pl.UInt32).to_numpy()
-    return Selection(rows, classes, tuple(labels.to_list()))
+    codes = [part.get_column(_CLASS).to_numpy() for part in parts]
+    # Of the labels that the tables have, those of selected rows, numbered through.
+    used = [np.flatnonzero(np.bincount(each)) for each in codes]
+    found = sorted({labels[code] for labels, which in zip(labels_of_parts, used, strict=True) for code in which})
+    number_of = {label: number for number, label in enumerate(found)}
+    classes = [
+        np.array([number_of.get(label, 0) for label in labels], np.uint32)[each]
+        for labels, each in zip(labels_of_parts, codes, strict=True)
+    ]
+    return Selection(rows, np.concatenate(classes), tuple(found))
 
 
 def identity(datasets: Sequence[Dataset], where: str | None, selection: Selection) -> str | dict[str, Any]:
@@ -120,8 +127,8 @@ def identity(datasets: Sequence[Dataset], where: str | None, selection: Selectio
     return {"digests": digests, "where": where, "selected": selected}
 
 
-def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFrame:
-    """Return one dataset's selected rows, in their order: _ROW and, if asked for, `by` as text."""
+def _selected(dataset: Dataset, where: str | None, by: str | None) -> tuple[pl.DataFrame, list[str]]:
+    """Return one dataset's selected rows, in their order: _ROW and, if asked for, _CLASS, a place in the labels."""
     import polars as pl
 
     index, slides = (_scan(dataset, name) for name in ("index.parquet", "slides.parquet"))
@@ -131,19 +138,31 @@ def _selected(dataset: Dataset, where: str | None, by: str | None) -> pl.DataFra
     slide_columns = [name for name in slides.collect_schema().names() if name != "slide_id"]
     renamed = {name: f"slide_{name}" if name in index_columns else name for name in slide_columns}
     known = index_columns + list(renamed.values())
+    labels: list[str] = []
     try:
         condition = pl.lit(True) if where is None else pl.sql_expr(where)
         needed = set(condition.meta.root_names()) | ({by} if by is not None else set())
         if unknown := sorted(needed - set(known)):
             raise ValueError(f"{dataset.name} has no column {unknown[0]!r}{nearest(unknown[0], known)}")
-        joined = index.with_row_index(_ROW)
+        index, slides = index.with_row_index(_ROW), slides.rename(renamed)
+        if by is not None:
+            text = pl.col(by).cast(pl.String)
+            table = index if by in index_columns else slides
+            labels = table.select(text.drop_nulls().unique().sort()).collect(engine="streaming").to_series().to_list()
+            table = table.with_columns(text.cast(pl.Enum(labels)).to_physical().cast(pl.UInt32).alias(_CLASS))
+            # Before the join: a number a row is carried through it, not a text.
+            index, slides = (table, slides) if by in index_columns else (index, table)
+        joined = index
         if needed - set(index_columns):
-            joined = joined.join(slides.rename(renamed), on="slide_id", how="left", validate="m:1")
+            # The join could check this too, at three times the memory.
+            if slides.select(pl.col("slide_id").is_duplicated().any()).collect().item():
+                raise DatasetDamagedError(f"{dataset.path / 'slides.parquet'} lists a slide twice")
+            joined = joined.join(slides, on="slide_id", how="left")
         if list(joined.select(condition).collect_schema().dtypes()) != [pl.Boolean]:
             raise ValueError(f"where={where!r} is no condition: it has to be true or false for each row")
-        wanted = [pl.col(_ROW)] + ([pl.col(by).cast(pl.String)] if by is not None else [])
+        chosen = joined.filter(condition).select([_ROW] + ([_CLASS] if by is not None else []))
         # A join promises no order.
-        return joined.filter(condition).select(wanted).collect(engine="streaming").sort(_ROW)
+        return chosen.collect(engine="streaming").sort(_ROW), labels
     except pl.exceptions.PolarsError as error:
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"where={where!r} cannot be applied to {dataset.name}: {reason}") from error

@@ -15,11 +15,12 @@ from engine.data.finish import ImageMemory, finish_sample, finishing_pool, submi
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
-_BATCHES_IN_DECODE = 2  # one being decoded while one is being used
-
 
 class TorchDecoder:
-    """Decodes with simplejpeg (libjpeg-turbo) in threads; `bad_sample(row, reason)` describes what fails."""
+    """Decodes with simplejpeg (libjpeg-turbo) in threads, `prefetch` batches at a time.
+
+    `bad_sample(row, reason)` describes what fails.
+    """
 
     backend = "torch"
 
@@ -28,11 +29,13 @@ class TorchDecoder:
         views: Sequence[CropView],
         *,
         threads: int,
+        prefetch: int,
         device: torch.device,
         bad_sample: Callable[[int, str], BadSampleError],
     ) -> None:
         self.device = device
         self._views = tuple(views)
+        self._prefetch = prefetch
         self._bad_sample = bad_sample
         self._memory = [ImageMemory(view) for view in self._views]
         self._pool = finishing_pool(threads, "torch-decoder")
@@ -42,7 +45,7 @@ class TorchDecoder:
         pending: deque[tuple[EncodedBatch, list[torch.Tensor], list[Future[None]]]] = deque()
         try:
             while True:
-                while len(pending) < _BATCHES_IN_DECODE and (batch := next(encoded, None)) is not None:
+                while len(pending) < self._prefetch and (batch := next(encoded, None)) is not None:
                     tensors = [memory.empty_images(len(batch.rows)) for memory in self._memory]
                     decode_one = partial(self._decode_one, batch, tensors)
                     pending.append((batch, tensors, submit_samples(self._pool, decode_one, len(batch.rows))))

@@ -89,12 +89,13 @@ class CropView:
                 raise ValueError(
                     f"windows of up to {widest_px} x {highest_px} px (ECT of {self.size_px} px with scale "
                     f"{self.ect.scale} by {self.ect.scale_is}, aspect {self.ect.aspect}) do not fit into stored "
-                    f"patches of {width_px} x {height_px} px: lower size_px or scale, or shard with a larger context_px"
+                    f"patches of {width_px} x {height_px} px: lower the crop's size or the scale, or "
+                    "shard with a larger context_px"
                 )
         elif self.size_px > min(width_px, height_px):
             raise ValueError(
                 f"a crop of {self.size_px} px does not fit into stored patches of {width_px} x {height_px} px: "
-                f"use size_px <= {min(width_px, height_px)}, or shard with a larger context_px"
+                f"take {min(width_px, height_px)} px at most, or shard with a larger context_px"
             )
 
     def as_dict(self) -> dict[str, object]:

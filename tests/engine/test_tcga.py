@@ -83,9 +83,9 @@ def test_columns_are_added_and_slides_without_a_barcode_are_told() -> None:
     named, unnamed = barcode_columns(slides)
     assert unnamed == ["case 8"]
     assert [slide.columns for slide in named] == [
-        {"age": 61, "patient_id": "TCGA-83-5908", "sample_type": "Primary Solid Tumor", "label": 1},
-        {"age": 61, "patient_id": "TCGA-83-5908", "sample_type": "Solid Tissue Normal", "label": 0},
-        {"age": None, "patient_id": None, "sample_type": None, "label": None},
+        {"age": 61, "patient_id": "TCGA-83-5908", "site": "83", "sample_type": "Primary Solid Tumor", "label": 1},
+        {"age": 61, "patient_id": "TCGA-83-5908", "site": "83", "sample_type": "Solid Tissue Normal", "label": 0},
+        {"age": None, "patient_id": None, "site": None, "sample_type": None, "label": None},
     ]
     assert [(slide.slide_id, slide.path, slide.mpp) for slide in named] == [
         (slide.slide_id, slide.path, slide.mpp) for slide in slides

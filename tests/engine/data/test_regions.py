@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 import torch
 
-from engine.data import Augment, Balance, Blocks, CropView, Ect, SampleStream, open_loader
+from engine.data import Augment, BadSampleError, Balance, Blocks, CropView, Ect, SampleStream, open_loader
 from engine.data.draws import uniforms
 from engine.data.views import CROP_DRAWS, crop_windows
 
@@ -125,11 +125,113 @@ def test_impossible_requests_are_refused(regions: Any, dataset: Any) -> None:
         CropView(40, region="half")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"where": "row > 0"}, {"bad_samples": "replace"}, {"locality": Blocks()}, {"balance": Balance("region")}],
-    ids=lambda options: next(iter(options)),
-)
-def test_regions_go_with_no_other_choice_of_rows(options: dict[str, Any], regions: Any, backend: Any) -> None:
-    with pytest.raises(ValueError, match="views of regions take one dataset as it is"):
-        open_regions(regions, backend, [CropView(40, region="padded")], **options)
+def describe(path: Path, cells: list[tuple[int, int]], *, prefix: str = "") -> None:
+    """Add slides, one per region, to the tables: "20" and "70" of split train, classes x and y."""
+    regions = [REGIONS[row // SIDE, col // SIDE] for row, col in cells]
+    table = pq.read_table(path / "index.parquet")
+    table = table.append_column("slide_id", pa.array([f"{prefix}{region}" for region in regions]))
+    pq.write_table(table.append_column("tissue", pa.array(list(range(len(cells))))), path / "index.parquet")
+    slides = [{"slide_id": prefix + name, "split": split, "class": of} for name, split, of in SLIDES]
+    pq.write_table(pa.Table.from_pylist(slides), path / "slides.parquet")
+
+
+SLIDES = [("20", "train", "x"), ("50", "test", "x"), ("70", "train", "y")]
+PADDED = CropView(40, output="uint8", region="padded")
+
+
+@pytest.fixture
+def described(make_dataset: Any, paint: Any) -> Any:
+    made = make_dataset([paint(row, 96) for row in range(len(CELLS))])
+    write_index(made.path, CELLS)
+    describe(made.path, CELLS)
+    return made
+
+
+def test_a_condition_selects_regions_and_their_patches(described: Any, backend: Any) -> None:
+    with open_regions(described, backend, [PADDED], where="split = 'train'") as loader:
+        rows = torch.cat([next(loader).rows for _ in range(2)]).tolist()
+    of_train = [ORDERED[0], ORDERED[2]]
+    assert rows == [of_train[place] for place in SampleStream(2, seed=4).rows(0, 4)]
+    # One patch of region 20 is left, all of 70 but one, none of 50: the others are missing.
+    left = [[-1, 7, -1, -1], [1, 9, 6, 3]]
+    with open_regions(described, backend, [PADDED], where="tissue IN (7, 1, 9, 6, 3)") as loader:
+        batch = next(loader)
+    assert batch.rows.tolist() == [left[place] for place in SampleStream(2, seed=4).rows(0, 2)]
+    assert torch.equal(batch.present, batch.rows >= 0)
+    with pytest.raises(ValueError, match=r"1 of 2 regions .* `where` leaves them out"):
+        open_regions(described, backend, [CropView(40, region="whole")], where="tissue IN (7, 1, 9, 6, 3)")
+
+
+def test_regions_of_several_datasets_are_numbered_through(described: Any, make_dataset: Any, paint: Any) -> None:
+    cells = [(1, 1), (0, 0), (0, 1), (1, 0)]
+    other = make_dataset([paint(50 + row, 96) for row in range(4)])
+    write_index(other.path, cells)
+    describe(other.path, cells, prefix="other-")
+    options: dict[str, Any] = {"batch_size_per_rank": 4, "views": [PADDED], "seed": 4, "device": "cpu"}
+    with open_loader([described.path, other.path], backend="torch", **options) as loader:
+        batch = next(loader)
+    regions = [*ORDERED, [12, 13, 14, 11]]
+    assert batch.rows.tolist() == [regions[place] for place in SampleStream(4, seed=4).rows(0, 4)]
+    keys = described.keys + other.keys
+    expected = [[int(keys[row], 16) if row >= 0 else 0 for row in region] for region in batch.rows.tolist()]
+    assert batch.sample_ids.tolist() == expected
+    meta = json.loads((other.path / "dataset.json").read_text())
+    meta["recipe"]["region_patches"] = 4
+    del meta["digest"]
+    digested = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    (other.path / "dataset.json").write_text(
+        json.dumps(meta | {"digest": hashlib.sha256(digested.encode()).hexdigest()})
+    )
+    with pytest.raises(ValueError, match=r"regions of 4 x 4 patches, .* of 2 x 2"):
+        open_loader([described.path, other.path], **options)
+
+
+def test_regions_are_balanced_by_what_holds_for_all_of_their_patches(described: Any) -> None:
+    with open_regions(described, "torch", [PADDED], 4, balance=Balance("class", {"x": 1, "y": 3})) as loader:
+        batches = [sorted(next(loader).rows[:, 1].tolist()) for _ in range(2)]
+    assert sorted(batches) == [[5, 9, 9, 9], [7, 9, 9, 9]]  # three times region 70, and 50 and 20 in turn
+    with pytest.raises(ValueError, match="3 of 3 regions hold patches of several values of 'tissue'"):
+        open_regions(described, "torch", [PADDED], balance=Balance("tissue"))
+
+
+@pytest.mark.parametrize("found_by", ["reader", "decoder"])
+def test_bad_patches_are_absent_from_their_regions_and_reported(
+    described: Any, make_dataset: Any, backend: Any, found_by: str
+) -> None:
+    views = [PADDED, CropView(32, ect=Ect(), region="padded")]
+    with open_regions(described, backend, views, 3) as loader:
+        sound = [next(loader) for _ in range(2)]
+    gone = {5, *ORDERED[2]}  # one of region 50, and region 70 altogether
+    if found_by == "reader":
+        for row in gone:
+            described.overwrite(row, 100, bytes(200))
+    else:  # with the right crc32
+        whole = described.payloads
+        described = make_dataset([data[: len(data) // 3] if row in gone else data for row, data in enumerate(whole)])
+        write_index(described.path, CELLS)
+        describe(described.path, CELLS)
+    with open_regions(described, backend, views, 3) as loader, pytest.raises(BadSampleError):
+        next(loader)
+    with open_regions(described, backend, views, 3, bad_samples="replace") as loader:
+        batches = [next(loader) for _ in range(2)]
+        assert loader.seen == 6
+        reported = [(each.position, each.row, each.substitute) for each in loader.replacements]
+    epochs = SampleStream(3, seed=4).rows(0, 6).tolist()
+    expected = [(at, row, None) for at, region in enumerate(epochs) for row in sorted(gone & set(ORDERED[region]))]
+    assert reported == expected
+    assert len(reported) == 10
+    for batch, other in zip(batches, sound, strict=True):
+        there = other.present & ~torch.isin(other.rows, torch.tensor(sorted(gone)))
+        assert torch.equal(batch.present, there)
+        assert torch.equal(batch.rows, torch.where(there, other.rows, -1))
+        assert np.array_equal(batch.sample_ids, np.where(there, other.sample_ids, 0))
+        for images, other_images in zip(batch.images, other.images, strict=True):
+            assert torch.equal(images[there], other_images[there])
+            assert not images[~there].any()
+
+
+def test_what_regions_cannot_be_is_refused(described: Any, backend: Any) -> None:
+    with pytest.raises(ValueError, match="locality is for patches"):
+        open_regions(described, backend, [PADDED], locality=Blocks())
+    with pytest.raises(ValueError, match="use region='padded', or bad_samples='fail'"):
+        open_regions(described, backend, [CropView(40, region="whole")], bad_samples="replace")

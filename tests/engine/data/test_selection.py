@@ -60,6 +60,28 @@ def test_a_filter_selects_the_rows_for_which_it_is_true(tmp_path: Path, where: s
     assert rows.tolist() == [row for row in range(30) if keeps(row)]
 
 
+@pytest.mark.parametrize(
+    ("by", "where", "expected"),
+    [
+        ("class", "class IS NOT NULL", lambda row: ["tumour", None, "stroma"][row % 3]),
+        ("slide_id", "slide_id <> 's1'", lambda row: f"s{row % 3}"),
+        ("patient", None, lambda row: ["p0", "p0", "p1"][row % 3]),
+        ("split", "class = 'tumour'", lambda row: "train"),  # the other label does not occur
+        ("slide_mpp", None, lambda row: ["0.25", "0.5", "0.5"][row % 3]),
+        ("flags", "flags > 0", lambda row: str(row % 4)),
+    ],
+)
+def test_classes_are_the_values_of_a_column_of_either_table(
+    tmp_path: Path, by: str, where: str | None, expected: Any
+) -> None:
+    selection = select([described(tmp_path / "d", 30)], where=where, by=by)
+    rows = range(30) if selection.rows is None else selection.rows.tolist()
+    assert selection.classes is not None
+    assert selection.classes.dtype == np.uint32
+    assert [selection.labels[number] for number in selection.classes] == [expected(row) for row in rows]
+    assert selection.labels == tuple(sorted({expected(row) for row in rows}))
+
+
 def test_rows_of_several_datasets_are_numbered_through(tmp_path: Path) -> None:
     datasets = [described(tmp_path / "a", 10), described(tmp_path / "b", 5)]
     selection = select(datasets, where="patient = 'p1'", by="class")
@@ -100,6 +122,11 @@ def test_tables_that_are_not_the_datasets_are_refused(tmp_path: Path) -> None:
     describe(dataset.path, 29)
     with pytest.raises(DatasetDamagedError, match="29 rows, not 30"):
         select([dataset], where="TRUE")
+    describe(dataset.path, 30)
+    slides = pl.read_parquet(dataset.path / "slides.parquet")
+    pl.concat([slides, slides[:1]]).write_parquet(dataset.path / "slides.parquet")
+    with pytest.raises(DatasetDamagedError, match="lists a slide twice"):
+        select([dataset], where="split = 'train'")
     (dataset.path / "index.parquet").write_bytes(b"PAR1")
     with pytest.raises(DatasetDamagedError, match=r"index\.parquet cannot be read"):
         select([dataset], where="TRUE")
