@@ -13,6 +13,7 @@ import io
 import math
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -99,7 +100,11 @@ def webdataset_pil(patches: Patches, view: CropView) -> Feed:
             .map(lambda sample: transform(sample[0]))
             .batched(patches.batch_size, collation_fn=transform.collate)
         )
-        yield iter(dataset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing its shards to the interpreter
+            batches = iter(dataset)
+            yield batches
+            batches.close()
 
     return feed
 

@@ -41,7 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(harness.time, "perf_counter", clock)
-    monkeypatch.setattr(harness.time, "process_time", lambda: clock.now / 2)
+    monkeypatch.setattr(harness, "cpu_seconds", lambda: clock.now / 2)
     return clock
 
 
