@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,15 @@ def test_bf16_autocast_stays_close_to_float32(name: str) -> None:
     assert F.cosine_similarity(exact, rough.embedding.flatten(1).float(), dim=1).min() > 0.999
     if rough.attention is not None:
         assert rough.attention.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+@torch.no_grad()
+def test_the_compiled_model_gives_the_same() -> None:
+    model = small("abmil gated").eval()
+    bags, mask = pad_bags(some_bags())
+    assert torch.allclose(torch.compile(model)(bags, mask), model(bags, mask), atol=1e-5)
 
 
 def golden(case: str) -> dict[str, Any]:
