@@ -25,7 +25,7 @@ def main() -> None:
     cores = _pin()
     with own_stdout() as output:
         try:
-            answer: dict[str, Any] = {"cases": _run(request, cores)}
+            answer = _run(request, cores)
         except Exception as error:
             found = sentence(error)
             if found is None:
@@ -43,7 +43,7 @@ def _pin() -> frozenset[int]:
     return cores
 
 
-def _run(request: dict[str, Any], cores: frozenset[int]) -> list[dict[str, Any]]:
+def _run(request: dict[str, Any], cores: frozenset[int]) -> dict[str, Any]:
     from benchmarks.harness import Setting, run_cases
 
     known = importlib.import_module(f"benchmarks.{request['bench']}").CASES

@@ -7,11 +7,13 @@ of them, and a ratio is taken within its round. Rates are of one machine at one 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +25,12 @@ OURS = "ours"
 Case = Callable[["Setting"], dict[str, Any]]
 # Does a contender's work once: writes below an empty folder, returns how many units (patches, slides) it did.
 Run = Callable[[Path], int]
+# Measures a contender once.
+Measure = Callable[[], "Round"]
+
+
+class CannotRunError(Exception):
+    """A case needs what this machine does not have; the message says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,8 @@ class Setting:
 class Round:
     """One run of one contender; `seconds` is its time without `fsync_s`, the time that os.fsync took.
 
-    `cpu_s` is the processor time of this process: far below `seconds` where others took the core.
+    `cpu_s` is the processor time of this process and of its children that ended: far below `seconds` where others took
+    the core.
     """
 
     units: int
@@ -50,6 +59,10 @@ class Round:
     @property
     def rate(self) -> float:
         return self.units / self.seconds
+
+    @property
+    def cpu_rate(self) -> float:
+        return self.units / self.cpu_s
 
 
 @dataclass(slots=True)
@@ -82,20 +95,24 @@ class FsyncClock:
         return timed
 
 
-def run_cases(bench: str, known: Mapping[str, Case], names: Sequence[str], setting: Setting) -> list[dict[str, Any]]:
-    """[{name, value, unit, ratio_to, spread, rounds, ...}] of the named cases, of all where none is named.
+def run_cases(bench: str, known: Mapping[str, Case], names: Sequence[str], setting: Setting) -> dict[str, Any]:
+    """Run the named cases, all where none is named.
 
-    Raises ValueError where there is no such case.
+    Returns {cases: [{name, value, unit, ratio_to, spread, rounds, ...}], skipped: [{name, reason}]}. Raises ValueError
+    where there is no such case.
     """
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no case {unknown[0]!r}; known: {', '.join(known)}.")
     names = names or list(known)
-    results = []
+    cases, skipped = [], []
     with progress(f"bench {bench}", len(names), "cases") as advance:
         for name in names:
-            results.append({"name": name, **known[name](setting)})
+            try:
+                cases.append({"name": name, **known[name](setting)})
+            except CannotRunError as error:
+                skipped.append({"name": name, "reason": str(error)})
             advance(1, name)
-    return results
+    return {"cases": cases, "skipped": skipped}
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
@@ -106,11 +123,16 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
 
 
 def play(contenders: Mapping[str, Run], setting: Setting) -> dict[str, list[Round]]:
-    """Run all contenders once uncounted (caches, imports), then `setting.rounds` times in turns."""
+    """Run all contenders as `measure` does, each into a folder that is removed afterwards."""
+    return measure({name: partial(_once, run, setting.work / "out") for name, run in contenders.items()}, setting)
+
+
+def measure(contenders: Mapping[str, Measure], setting: Setting) -> dict[str, list[Round]]:
+    """Measure all contenders once uncounted (caches, imports), then `setting.rounds` times in turns."""
     played: dict[str, list[Round]] = {name: [] for name in contenders}
     for order in turns(list(contenders), 1 + setting.rounds):
         for name in order:
-            played[name].append(_once(contenders[name], setting.work / "out"))
+            played[name].append(contenders[name]())
     return {name: rounds[1:] for name, rounds in played.items()}
 
 
@@ -119,24 +141,35 @@ def _once(run: Run, out: Path) -> Round:
     clock = FsyncClock()
     try:
         with clock.counting():
-            started, cpu_started = time.perf_counter(), time.process_time()
+            started, cpu_started = time.perf_counter(), cpu_seconds()
             units = run(out)
-            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+            seconds, cpu_s = time.perf_counter() - started, cpu_seconds() - cpu_started
     finally:
         shutil.rmtree(out)
     return Round(units, seconds - clock.seconds, clock.seconds, cpu_s)
 
 
+def cpu_seconds() -> float:
+    """Processor time so far of this process with all its threads, and of its children that ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def against_peers(played: Mapping[str, Sequence[Round]], unit: str) -> dict[str, Any]:
     """Our rate and its ratio to every peer's: medians over the rounds, with [min, max] as `spread`.
 
-    `cpu_share` tells how quiet the machine was: near 1 where the core was ours alone.
+    `cpu_share` tells how quiet the machine was: near 1 where the core was ours alone. `cpu_rates` and `cpu_ratio_to`
+    count processor time instead.
     """
     ours = played[OURS]
+    peers = {name: rounds for name, rounds in played.items() if name != OURS}
     ratios = {
         name: [mine.rate / theirs.rate for mine, theirs in zip(ours, rounds, strict=True)]
-        for name, rounds in played.items()
-        if name != OURS
+        for name, rounds in peers.items()
+    }
+    cpu_ratios = {
+        name: [mine.cpu_rate / theirs.cpu_rate for mine, theirs in zip(ours, rounds, strict=True)]
+        for name, rounds in peers.items()
     }
     return {
         "value": median(one.rate for one in ours),
@@ -149,6 +182,8 @@ def against_peers(played: Mapping[str, Sequence[Round]], unit: str) -> dict[str,
         "units_per_round": {name: rounds[0].units for name, rounds in played.items()},
         "fsync_s": {name: median(one.fsync_s for one in rounds) for name, rounds in played.items()},
         "cpu_share": {name: median(one.cpu_s / one.seconds for one in rounds) for name, rounds in played.items()},
+        "cpu_rates": {name: median(one.cpu_rate for one in rounds) for name, rounds in played.items()},
+        "cpu_ratio_to": {name: median(values) for name, values in cpu_ratios.items()},
     }
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from engine.bench_chart import ratio_chart
 from engine.config import UsageError
 from engine.figures import as_count
 from engine.runtime import usable_cores
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULTS = Path("benchmarks/results")
-BENCHES = ("shard",)
+BENCHES = ("shard", "loader")
 _WIDTH = 120
 _SHOWN_RUNS = 10
 _QUIET = 0.9  # of a core
@@ -52,7 +53,8 @@ def run(
         work: folder for slides and output; painted slides stay there. None is a temporary one.
         results: folder of the history.
 
-    Returns {bench, date, commit, engine, rounds, hardware, cases: [{name, value, unit, ratio_to, spread, ...}], file}.
+    Returns {bench, date, commit, engine, rounds, hardware, cases: [{name, value, unit, ratio_to, spread, ...}],
+    skipped: [{name, reason}], file}; `missing` of a case says which peers were left out, and why.
     Raises UsageError for an unknown bench or case, RuntimeError where a case cannot be measured.
     """
     if bench not in BENCHES:
@@ -73,7 +75,7 @@ def run(
         "engine": version("pathology-engine"),
         "rounds": rounds,
         "hardware": machine,
-        "cases": measured,
+        **measured,
     }
     file = results.expanduser().resolve() / slug(machine) / f"{record['bench']}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,17 +84,16 @@ def run(
     return {**record, "file": str(file)}
 
 
-def _measure(request: dict[str, Any]) -> list[dict[str, Any]]:
+def _measure(request: dict[str, Any]) -> dict[str, Any]:
     # -P: the current folder may hold a `benchmarks/` of the user's.
     command = [sys.executable, "-P", "-m", "benchmarks", json.dumps({**request, "parent": os.getpid()})]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the benchmark's process ended with {done.returncode}; what it said stands above")
-    answer = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
     if "error" in answer:
         raise UsageError(answer["error"]) if answer["usage"] else RuntimeError(answer["error"])
-    cases: list[dict[str, Any]] = answer["cases"]
-    return cases
+    return answer
 
 
 def hardware() -> dict[str, Any]:
@@ -150,9 +151,10 @@ def compare(results: Path = RESULTS, bench: str = "shard") -> dict[str, Any]:
     """The history of a bench as ratios, each hardware by itself.
 
     Returns {bench, results, hardware: [{slug, runs: [{date, commit, engine}],
-    cases: [{name, against, values, change}]}]}.
-    `against` is a peer, or the unit of a case that has none; `values` has one entry per run, None where it was not
-    measured. `change` is the last value over the median of those before it, less 1; None for a first one.
+    cases: [{name, against, is_ratio, values, change}]}]}.
+    `against` is a peer, or the unit of a case that has none (`is_ratio` is False then). `values` has one entry per run,
+    None where it was not measured. `change` is the last value over the median of those before it, less 1; None for a
+    first one.
 
     Raises UsageError where there is no history.
     """
@@ -174,16 +176,17 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    series: dict[tuple[str, str], list[float | None]] = {}
+    series: dict[tuple[str, str, bool], list[float | None]] = {}
     for number, record in enumerate(records):
         for case in record["cases"]:
-            for against, value in (case["ratio_to"] or {case["unit"]: case["value"]}).items():
-                series.setdefault((case["name"], against), [None] * len(records))[number] = value
+            ratios = case["ratio_to"]
+            for against, value in (ratios or {case["unit"]: case["value"]}).items():
+                series.setdefault((case["name"], against, bool(ratios)), [None] * len(records))[number] = value
     return {
         "runs": [{key: record[key] for key in ("date", "commit", "engine")} for record in records],
         "cases": [
-            {"name": name, "against": against, "values": values, "change": _change(values)}
-            for (name, against), values in series.items()
+            {"name": name, "against": against, "is_ratio": is_ratio, "values": values, "change": _change(values)}
+            for (name, against, is_ratio), values in series.items()
         ],
     }
 
@@ -206,8 +209,11 @@ def describe(result: dict[str, Any]) -> str:
             table.add_row("", "", "", "", peer, f"{ratio:.4g}", _range(spread[peer]))
     where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}"
     share = min((share for case in result["cases"] for share in case.get("cpu_share", {}).values()), default=1.0)
-    note = f"others used the core (we had {share:.0%} of it): trust the ratios, not the rates\n"
-    return f"{where}\n{_text(table)}{note if share < _QUIET else ''}appended to {result['file']}"
+    notes = [f"others used the core (we had {share:.0%} of it): trust the ratios, not the rates"] * (share < _QUIET)
+    notes += [f"{case['name']} was skipped: {case['reason']}" for case in result["skipped"]]
+    missing = {peer: why for case in result["cases"] for peer, why in case.get("missing", {}).items()}
+    notes += [f"{peer} was left out: {why} (pip install 'pathology-engine[bench]')" for peer, why in missing.items()]
+    return "\n".join([f"{where}\n{_text(table)}".rstrip("\n"), *notes, f"appended to {result['file']}"])
 
 
 def describe_history(result: dict[str, Any]) -> str:
@@ -239,3 +245,9 @@ def _text(table: Table) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get()
+
+
+def write_chart(result: dict[str, Any], file: Path) -> None:
+    """Draw a comparison (see `compare`) as an SVG picture that needs nothing else."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(ratio_chart(f"engine bench {result['bench']}", result["hardware"]), encoding="utf-8")

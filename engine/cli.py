@@ -205,31 +205,57 @@ Results = Annotated[Path, typer.Option(help="folder of the history")]
 _RESULTS = Path("benchmarks/results")
 
 
+Cases = Annotated[str, typer.Option(help="names with commas between; all where it is left out")]
+Rounds = Annotated[int, typer.Option(min=1, help="counted rounds a case; values are their medians")]
+Quick = Annotated[bool, typer.Option("--quick", help="small slides: shows that it runs, measures nothing")]
+Work = Annotated[Path | None, typer.Option(help="folder where painted slides stay; a temporary one")]
+
+
 @bench.command("shard", epilog="Example: engine bench shard --work /scratch/bench --cases copy_420,plan")
 def bench_shard(
-    cases: Annotated[str, typer.Option(help="names with commas between; all where it is left out")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="counted rounds a case; values are their medians")] = 7,
-    quick: Annotated[bool, typer.Option("--quick", help="small slides: shows that it runs, measures nothing")] = False,
-    work: Annotated[Path | None, typer.Option(help="folder where painted slides stay; a temporary one")] = None,
+    cases: Cases = "",
+    rounds: Rounds = 7,
+    quick: Quick = False,
+    work: Work = None,
     results: Results = _RESULTS,
     json: Json = False,
 ) -> None:
     """Measure slides to shards beside OpenSlide, cuCIM and sendfile, on one core; ratios are of the same round."""
+    _bench("shard", cases, rounds, quick, work, results, json)
 
-    def work_() -> tuple[dict[str, Any], str]:
+
+@bench.command("loader", epilog="Example: engine bench loader --work /scratch/bench --cases dali_float")
+def bench_loader(
+    cases: Cases = "",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    work: Work = None,
+    results: Results = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Measure shards to batches on one core beside webdataset, LitData, MosaicML Streaming, OpenSlide and stock DALI.
+
+    Where there is a GPU, it is measured too. Ratios are of the same round; a peer that is not installed is left out.
+    """
+    _bench("loader", cases, rounds, quick, work, results, json)
+
+
+def _bench(name: str, cases: str, rounds: int, quick: bool, work: Path | None, results: Path, json: bool) -> None:
+    def measure() -> tuple[dict[str, Any], str]:
         from engine import bench as verb
 
-        names = [name.strip() for name in cases.split(",") if name.strip()]
-        result = verb.run("shard", cases=names, rounds=rounds, quick=quick, work=work, results=results)
+        names = [case.strip() for case in cases.split(",") if case.strip()]
+        result = verb.run(name, cases=names, rounds=rounds, quick=quick, work=work, results=results)
         return result, verb.describe(result)
 
-    _finish(*_guard(work_, go_on="painted slides stay in --work"), json)
+    _finish(*_guard(measure, go_on="painted slides stay in --work"), json)
 
 
-@bench.command("compare", epilog="Example: engine bench compare")
+@bench.command("compare", epilog="Example: engine bench compare --bench loader --chart loader.svg")
 def bench_compare(
-    name: Annotated[str, typer.Option("--bench", help="which history: shard, or shard-quick")] = "shard",
+    name: Annotated[str, typer.Option("--bench", help="which history: shard, loader, shard-quick, ...")] = "shard",
     results: Results = _RESULTS,
+    chart: Annotated[Path | None, typer.Option(help="draw the ratios into this SVG file")] = None,
     json: Json = False,
 ) -> None:
     """Show the history of a benchmark as ratios, each hardware by itself."""
@@ -238,7 +264,10 @@ def bench_compare(
         from engine import bench as verb
 
         result = verb.compare(results, name)
-        return result, verb.describe_history(result)
+        if chart is None:
+            return result, verb.describe_history(result)
+        verb.write_chart(result, chart)
+        return result | {"chart": str(chart)}, f"{verb.describe_history(result)}\ndrawn in {chart}"
 
     _finish(*_guard(work), json)
 

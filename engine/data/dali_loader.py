@@ -20,7 +20,15 @@ from nvidia.dali import fn, pipeline_def, types
 
 from engine.data.batches import Decoded, EncodedBatch
 from engine.data.ect import Int32
-from engine.data.finish import empty_images, finish, finish_sample, finishing_pool, turn
+from engine.data.finish import (
+    ImageMemory,
+    empty_images,
+    finish,
+    finish_sample,
+    finishing_pool,
+    submit_samples,
+    turn,
+)
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
@@ -51,6 +59,7 @@ class DaliDecoder:
         self._bad_sample = bad_sample
         self._on_gpu = device.type == "cuda"
         self._dali_resizes = self._on_gpu  # whole batches there; on the CPU that is slow, see `engine.data.finish`
+        self._memory = [ImageMemory(view) for view in self._views]
         self._pool = finishing_pool(threads, "dali-finish")
 
     def decode(self, encoded: Iterator[EncodedBatch]) -> Generator[Decoded, None, None]:
@@ -140,7 +149,7 @@ class DaliDecoder:
         remaining = iter(outputs)
         for number, view in enumerate(self._views):
             if not view.is_plain and not self._dali_resizes:
-                images.append(empty_images(view, self._batch_size))
+                images.append(self._memory[number].empty_images(self._batch_size))
                 unfinished.append(number)
                 continue
             tensor = torch.from_dlpack(next(remaining).as_tensor())  # no copy
@@ -167,7 +176,7 @@ class DaliDecoder:
                     origin=origins[index],
                 )
 
-        return images, [self._pool.submit(finish_one, index) for index in range(self._batch_size)]
+        return images, submit_samples(self._pool, finish_one, self._batch_size)
 
     def _explain(self, in_flight: deque[EncodedBatch], error: RuntimeError) -> Exception:
         """Find the sample that DALI failed on: it names none, and a batch fails as a whole."""

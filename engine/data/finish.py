@@ -7,7 +7,11 @@ in threads there: one crop fits into a core's cache, and the passes over a whole
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +22,61 @@ from engine.data.ect import Int32
 from engine.data.views import CropView, CropWindows
 
 _LOCK = threading.Lock()
+_SPARE_BATCHES = 4
+_SAMPLES_PER_TASK = 8  # large enough to hide the cost of a task, small enough that threads share a batch
 
 
 def empty_images(view: CropView, batch_size: int, device: torch.device | None = None) -> torch.Tensor:
     """Return an unfilled tensor [batch_size, 3, size_px, size_px] of the view's dtype and order in memory."""
-    size_px, dtype = view.size_px, view.output
-    shape = (batch_size, size_px, size_px, 3) if view.is_channels_last else (batch_size, 3, size_px, size_px)
     if device is not None and device.type == "cuda":
-        images = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        images = torch.empty(_shape(view, batch_size), dtype=getattr(torch, view.output), device=device)
     else:
         # numpy asks for huge pages where torch does not: filling new memory is a third of a float view's time without.
-        images = torch.from_numpy(np.empty(shape, dtype))
+        images = torch.from_numpy(np.empty(_shape(view, batch_size), view.output))
     return images.permute(0, 3, 1, 2) if view.is_channels_last else images
+
+
+class ImageMemory:
+    """Gives out what `empty_images` does, in memory of earlier batches that nobody holds any more.
+
+    New memory is cleared by the system page by page, which takes longer than normalising into it.
+    """
+
+    def __init__(self, view: CropView) -> None:
+        self._view = view
+        self._spare: deque[npt.NDArray[Any]] = deque(maxlen=_SPARE_BATCHES)
+
+    def empty_images(self, batch_size: int) -> torch.Tensor:
+        """See the function."""
+        shape = _shape(self._view, batch_size)
+        memory = self._spare.pop() if self._spare else np.empty(shape, self._view.output)
+        if memory.shape != shape:
+            memory = np.empty(shape, self._view.output)
+        # The tensor, and whatever shares its memory, holds `lent`; when the last of them goes, the memory comes back.
+        lent = memory[...]
+        weakref.finalize(lent, self._spare.append, memory).atexit = False
+        images = torch.from_numpy(lent)
+        return images.permute(0, 3, 1, 2) if self._view.is_channels_last else images
+
+
+def _shape(view: CropView, batch_size: int) -> tuple[int, ...]:
+    size_px = view.size_px
+    return (batch_size, size_px, size_px, 3) if view.is_channels_last else (batch_size, 3, size_px, size_px)
 
 
 def finishing_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Return a pool in whose threads torch computes on one core each: they are as many as may be used already."""
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_use_one_core)
+
+
+def submit_samples(pool: ThreadPoolExecutor, do_one: Callable[[int], None], count: int) -> list[Future[None]]:
+    """Have the pool do_one(index) for every index below `count`."""
+
+    def do_some(first: int) -> None:
+        for index in range(first, min(first + _SAMPLES_PER_TASK, count)):
+            do_one(index)
+
+    return [pool.submit(do_some, first) for first in range(0, count, _SAMPLES_PER_TASK)]
 
 
 def finish_sample(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import simplejpeg
 import torch
 
 from engine.data.batches import Decoded, EncodedBatch
-from engine.data.finish import empty_images, finish_sample, finishing_pool
+from engine.data.finish import ImageMemory, finish_sample, finishing_pool, submit_samples
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
@@ -33,6 +34,7 @@ class TorchDecoder:
         self.device = device
         self._views = tuple(views)
         self._bad_sample = bad_sample
+        self._memory = [ImageMemory(view) for view in self._views]
         self._pool = finishing_pool(threads, "torch-decoder")
 
     def decode(self, encoded: Iterator[EncodedBatch]) -> Generator[Decoded, None, None]:
@@ -41,9 +43,9 @@ class TorchDecoder:
         try:
             while True:
                 while len(pending) < _BATCHES_IN_DECODE and (batch := next(encoded, None)) is not None:
-                    tensors = [empty_images(view, len(batch.rows)) for view in self._views]
-                    tasks = [self._pool.submit(self._decode_one, batch, i, tensors) for i in range(len(batch.rows))]
-                    pending.append((batch, tensors, tasks))
+                    tensors = [memory.empty_images(len(batch.rows)) for memory in self._memory]
+                    decode_one = partial(self._decode_one, batch, tensors)
+                    pending.append((batch, tensors, submit_samples(self._pool, decode_one, len(batch.rows))))
                 if not pending:
                     return
                 batch, tensors, tasks = pending.popleft()
@@ -59,7 +61,7 @@ class TorchDecoder:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _decode_one(self, batch: EncodedBatch, index: int, tensors: list[torch.Tensor]) -> None:
+    def _decode_one(self, batch: EncodedBatch, tensors: list[torch.Tensor], index: int) -> None:
         """Decode sample number `index` and write each view of it into tensors[view][index]."""
         try:
             # Strict: what libjpeg would repair with a warning is damage here.

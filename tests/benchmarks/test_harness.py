@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import FsyncClock, Round, Setting, against_peers, alone, every_core, play, turns
+from benchmarks.harness import (
+    CannotRunError,
+    FsyncClock,
+    Round,
+    Setting,
+    against_peers,
+    alone,
+    every_core,
+    play,
+    run_cases,
+    turns,
+)
 
 
 class Clock:
@@ -28,7 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(harness.time, "perf_counter", clock)
-    monkeypatch.setattr(harness.time, "process_time", lambda: clock.now / 2)
+    monkeypatch.setattr(harness, "cpu_seconds", lambda: clock.now / 2)
     return clock
 
 
@@ -101,7 +114,7 @@ def test_a_ratio_is_taken_within_its_round_and_by_rate() -> None:
     # The machine slows down tenfold and recovers: the ratios of 4, 2 and 3 are not those of any two medians.
     played = {
         "ours": [Round(400, 1.0, 0.1, 0.9), Round(400, 20.0, 0.3, 1.0), Round(400, 1.0, 0.2, 1.0)],
-        "peer": [Round(10, 0.1), Round(10, 1.0), Round(30, 0.225)],
+        "peer": [Round(10, 0.1, 0.0, 0.1), Round(10, 1.0, 0.0, 0.2), Round(30, 0.225, 0.0, 0.225)],
     }
     result = against_peers(played, "patches/s")
     assert result["ratio_to"] == {"peer": pytest.approx(3.0)}
@@ -111,7 +124,9 @@ def test_a_ratio_is_taken_within_its_round_and_by_rate() -> None:
     assert result["rates"] == {"ours": 400.0, "peer": 100.0}
     assert result["units_per_round"] == {"ours": 400, "peer": 10}
     assert result["fsync_s"] == {"ours": 0.2, "peer": 0.0}
-    assert result["cpu_share"] == {"ours": 0.9, "peer": 0.0}
+    assert result["cpu_share"] == {"ours": 0.9, "peer": 1.0}
+    assert result["cpu_rates"] == {"ours": 400.0, "peer": 100.0}
+    assert result["cpu_ratio_to"] == {"peer": pytest.approx(400 / 90)}
     assert result["rounds"] == 3
 
 
@@ -135,3 +150,19 @@ def test_within_every_core_all_cores_are_back_and_afterwards_one_again(tmp_path:
         assert os.sched_getaffinity(0) == one
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def test_a_case_that_this_machine_cannot_run_is_skipped_and_the_others_run(tmp_path: Path) -> None:
+    def impossible(_: Setting) -> dict[str, object]:
+        raise CannotRunError("it needs wings")
+
+    known = {"fly": impossible, "walk": lambda _: alone([1.0], "m/s")}
+    result = run_cases("moving", known, [], _setting(tmp_path, 1))
+    assert [case["name"] for case in result["cases"]] == ["walk"]
+    assert result["skipped"] == [{"name": "fly", "reason": "it needs wings"}]
+
+
+def test_processor_time_includes_children_that_ended() -> None:
+    before = harness.cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert harness.cpu_seconds() - before > 0.02

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -56,7 +57,7 @@ def decoys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_has_the_documented_shape_and_is_kept(decoys: Path) -> None:
     result = bench.run(cases=["copy_420", "plan"], rounds=2, quick=True)
-    assert {"bench", "date", "commit", "engine", "rounds", "hardware", "cases", "file"} == set(result)
+    assert {"bench", "date", "commit", "engine", "rounds", "hardware", "cases", "skipped", "file"} == set(result)
     assert {"cpu", "cores", "memory_gb", "gpus", "python", "versions"} == set(result["hardware"])
     assert [case["name"] for case in result["cases"]] == ["copy_420", "plan"]
     for case in result["cases"]:
@@ -120,6 +121,19 @@ def test_every_case_runs(decoys: Path, tmp_path: Path) -> None:
     assert all(case["value"] > 0 for case in result["cases"])
 
 
+@pytest.mark.slow
+def test_the_loaders_bench_runs_and_says_what_it_left_out(decoys: Path, tmp_path: Path) -> None:
+    result = bench.run("loader", cases=["dali_uint8", "dali_gpu_float"], rounds=1, quick=True, results=tmp_path)
+    assert Path(result["file"]).name == "loader-quick.jsonl"
+    names = [case["name"] for case in result["cases"]] + [case["name"] for case in result["skipped"]]
+    assert names == ["dali_uint8", "dali_gpu_float"]
+    result["cases"][0]["missing"] = {"litdata_pil": "No module named 'litdata'"}
+    result["skipped"] = [{"name": "dali_gpu_float", "reason": "no GPU"}]
+    text = bench.describe(result)
+    assert "dali_gpu_float was skipped: no GPU" in text
+    assert "litdata_pil was left out: No module named 'litdata'" in text
+
+
 def test_an_unknown_case_is_usage_and_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no case 'copy'; known: copy_420, .*ray_decode"):
         bench.run(cases=["copy"], results=tmp_path)
@@ -149,7 +163,7 @@ def test_a_process_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_on_a_shared_core_says_so(share: float, noisy: bool) -> None:
     case = {"name": "copy", "value": 1.0, "unit": "unit", "ratio_to": {}, "spread": {"value": [1.0, 1.0]}, "rounds": 1}
     cases = [case, {**case, "cpu_share": {"ours": 0.99, "peer": share}}]
-    text = bench.describe({"hardware": MACHINE, "cases": cases, "file": "shard.jsonl"})
+    text = bench.describe({"hardware": MACHINE, "cases": cases, "skipped": [], "file": "shard.jsonl"})
     assert ("we had 40% of it" in text) == noisy
 
 
@@ -179,9 +193,21 @@ def test_a_history_is_a_series_of_ratios_in_order_of_time(tmp_path: Path) -> Non
     assert [run["date"] for run in machine["runs"]] == ["2026-01-01", "2026-02-01", "2026-03-01"]
     assert machine["cases"] == [
         # Against the median of 10 and 14.
-        {"name": "copy", "against": "peer", "values": [10.0, 14.0, 9.0], "change": pytest.approx(-0.25)},
-        {"name": "plan", "against": "unit", "values": [None, 20.0, 30.0], "change": pytest.approx(0.5)},
-        {"name": "copy", "against": "floor", "values": [None, None, 0.5], "change": None},
+        {
+            "name": "copy",
+            "against": "peer",
+            "is_ratio": True,
+            "values": [10.0, 14.0, 9.0],
+            "change": pytest.approx(-0.25),
+        },
+        {
+            "name": "plan",
+            "against": "unit",
+            "is_ratio": False,
+            "values": [None, 20.0, 30.0],
+            "change": pytest.approx(0.5),
+        },
+        {"name": "copy", "against": "floor", "is_ratio": True, "values": [None, None, 0.5], "change": None},
     ]
 
 
@@ -212,6 +238,27 @@ def test_a_comparison_shows_each_ratio_and_the_change(tmp_path: Path) -> None:
     assert "+25.0%" in copy
     assert "-  3" in plan
     assert "%" not in plan
+
+
+def test_a_chart_is_one_picture_with_a_bar_for_each_ratio(tmp_path: Path) -> None:
+    _write(
+        tmp_path,
+        "one",
+        _record("2026-01-01", {"copy": {"peer": 10.0}}),
+        _record("2026-01-02", {"copy": {"peer": 100.0, "a < b": 0.1}, "plan": {}}),
+    )
+    bench.write_chart(bench.compare(tmp_path), tmp_path / "charts" / "shard.svg")
+    picture = ElementTree.parse(tmp_path / "charts" / "shard.svg").getroot()
+    tag = "{http://www.w3.org/2000/svg}"
+    texts = [each.text for each in picture.iter(f"{tag}text")]
+    assert {"one", "copy / peer", "copy / a < b", "0.1x", "1x", "10x", "100x"} <= set(texts)
+    assert not [text for text in texts if text and "plan" in text]
+    _, faster, slower = picture.iter(f"{tag}rect")
+    start, width = (float(faster.attrib[name]) for name in ("x", "width"))
+    assert float(slower.attrib["x"]) + float(slower.attrib["width"]) == pytest.approx(start)
+    assert float(slower.attrib["width"]) == pytest.approx(width / 2, abs=0.2)
+    (dot,) = picture.iter(f"{tag}circle")
+    assert float(dot.attrib["cx"]) == pytest.approx(start + width / 2, abs=0.2)
 
 
 def test_no_history_is_usage(tmp_path: Path) -> None:
