@@ -71,7 +71,7 @@ def _regions(setting: Setting, device: str = "cpu") -> dict[str, Any]:
     published = cast(HIPT4K, build_model("hipt_4k").eval().to(device))
     for module in published.modules():
         if isinstance(module, Attention):
-            module.fused_attn = False  # writes the matrix of attention out
+            module.fused_attn = False  # type: ignore[misc]  # writes attention out
     regions = torch.randn(count, 3, side, side, device=device)
     one_by_one = list(regions.split(1))
     contenders = {

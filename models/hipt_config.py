@@ -102,8 +102,8 @@ class HIPT4KConfig(ModelConfig):
     chunk: int | None = Field(
         default=None,
         gt=0,
-        description="Patches that go through the patch ViT at a time. null: 256 on a GPU; 8 on a CPU, whose caches hold "
-        "the activations of no more.",
+        description="Patches that go through the patch ViT at a time. null: 256 on a GPU; 8 on a CPU, whose caches "
+        "hold the activations of no more.",
     )
     bf16: bool = Field(
         default=False, description="Run both ViTs under bfloat16 autocast (norms and softmax stay in float32)."
