@@ -249,6 +249,19 @@ def bench_loader(
     _bench("loader", cases, rounds, quick, work, results, json)
 
 
+@bench.command("step", epilog="Example: engine bench step --cases hipt_patch_224,hipt_4k")
+def bench_step(
+    cases: Cases = "",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    work: Work = None,
+    results: Results = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Measure models on batches that are there already, on one core beside timm and, where there is one, on a GPU."""
+    _bench("step", cases, rounds, quick, work, results, json)
+
+
 def _bench(name: str, cases: str, rounds: int, quick: bool, work: Path | None, results: Path, json: bool) -> None:
     def measure() -> tuple[dict[str, Any], str]:
         from engine import bench as verb

@@ -21,6 +21,7 @@ from models.vit import TOKEN_PX, PatchViT, RegionViT
 
 PATCH_PX = 256
 _TOKENS = PATCH_PX // TOKEN_PX  # along a side of a patch
+_CPU_CHUNK, _GPU_CHUNK = 8, 256
 
 
 class HIPT4K(nn.Module):
@@ -69,7 +70,8 @@ class HIPT4K(nn.Module):
         else:
             seen_K = seen_BRC.flatten().nonzero().squeeze(1)
         parts = []
-        for part in seen_K.split(self.config.chunk):
+        chunk = self.config.chunk or (_CPU_CHUNK if patch_device.type == "cpu" else _GPU_CHUNK)
+        for part in seen_K.split(chunk):
             where = torch.unravel_index(part, grid)
             tokens = None if tokens_BRCN is None else tokens_BRCN[where]
             with self._precision(patch_device):

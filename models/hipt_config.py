@@ -99,7 +99,12 @@ class HIPT4KConfig(ModelConfig):
     pos_interpolation: PosInterpolation | None = Field(
         default=None, description="For both ViTs at once; null: as `patch` and `region` say."
     )
-    chunk: int = Field(default=256, gt=0, description="Patches that go through the patch ViT at a time.")
+    chunk: int | None = Field(
+        default=None,
+        gt=0,
+        description="Patches that go through the patch ViT at a time. null: 256 on a GPU; 8 on a CPU, whose caches "
+        "hold the activations of no more.",
+    )
     bf16: bool = Field(
         default=False, description="Run both ViTs under bfloat16 autocast (norms and softmax stay in float32)."
     )
