@@ -59,6 +59,10 @@ def test_a_config_is_frozen() -> None:
         ({"depth": 0}, "greater than 0"),
         ({"target": "resnet"}, "random_projection"),
         ({"preset": "original", "slots": 64}, "fixes slots at 256: found 64"),
+        ({"memory": "image", "slots": 100}, "one slot per memory patch, 256: found slots=100; leave slots out"),
+        ({"ema_momentum": 1.5}, "less than or equal to 1"),
+        ({"preset": "original", "memory": "image"}, "fixes memory at 'bank': found 'image'"),
+        ({"preset": "original", "target": "ema"}, "fixes target at 'random_projection': found 'ema'"),
         ({"preset": "original", "target": "pixels"}, "fixes target at 'random_projection': found 'pixels'"),
         ({"preset": "original", "target_norm": "image"}, "fixes target_norm at 'none': found 'image'"),
     ],
@@ -80,5 +84,6 @@ def test_sizes_follow_from_the_config() -> None:
 def test_target_normalisation_follows_the_target_and_the_preset() -> None:
     assert ViTTMHMRConfig().resolved_target_norm == "batch"
     assert ViTTMHMRConfig(target="pixels").resolved_target_norm == "patch"
+    assert ViTTMHMRConfig(target="ema").resolved_target_norm == "batch"
     assert ViTTMHMRConfig(target="pixels", target_norm="image").resolved_target_norm == "image"
     assert ViTTMHMRConfig(preset="original").resolved_target_norm == "none"

@@ -23,10 +23,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vittm", {"memory_patch": 16, "process_patch": 32}),
 ]
 SMALL: dict[str, dict[str, Any]] = {
-    "vittm": {"img_size": 56, "dim": 32, "depth": 2, "heads": 2, "n_classes": 5},
+    "vittm": {"img_size": 56, "dim": 32, "depth": 1, "heads": 2, "n_classes": 5},
     "vittm_hmr": {"img_size": 64, "memory_patch": 8, "process_patch": 16, "dim": 32, "depth": 2, "heads": 2},
     "vittm_mae": {
-        **{"img_size": 56, "dim": 32, "depth": 2, "heads": 2},
+        **{"img_size": 56, "dim": 32, "depth": 1, "heads": 2},
         **{"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
     },
 }
@@ -82,18 +82,29 @@ def test_bf16_features_point_where_float32_features_do(name: str, config: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", ["vittm", "vittm_mae"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
-def test_a_compiled_model_gives_the_same_numbers_and_gradients(name: str) -> None:
-    plain, model = build(name, **SMALL[name]), build(name, **SMALL[name])
+def test_a_compiled_model_gives_the_same_numbers(name: str) -> None:
+    model = build(name, **SMALL[name])
     compiled: Any = torch.compile(model)
-    left, right = loss(plain, name), loss(compiled, name)
-    assert right.item() == pytest.approx(left.item(), abs=1e-5)
-    left.backward()
-    right.backward()
-    for (key, one), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-        if one.requires_grad:
-            assert torch.allclose(one.grad, other.grad, atol=1e-5), key
+    with torch.no_grad():
+        assert loss(compiled, name).item() == pytest.approx(loss(model, name).item(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+def test_a_compiled_model_gives_the_same_loss_and_gradients() -> None:
+    model = build("vittm_hmr", **SMALL["vittm_hmr"])
+    plain = loss(model, "vittm_hmr")
+    plain.backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    compiled: Any = torch.compile(model)
+    found = loss(compiled, "vittm_hmr")
+    found.backward()
+    assert found.item() == pytest.approx(plain.item(), abs=1e-5)
+    for key, gradient in expected.items():
+        assert torch.allclose(model.get_parameter(key).grad, gradient, atol=1e-5), key
 
 
 def test_the_family_is_all_there_is() -> None:
