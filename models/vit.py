@@ -13,6 +13,7 @@ E = D/H. Masks are True where a token may be attended to.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, cast
@@ -58,7 +59,7 @@ def positions_for(
     return rearrange(resized, "1 d r c -> 1 (r c) d").to(table_1ND.dtype)
 
 
-class ViT(nn.Module):
+class ViT(nn.Module, ABC):
     """What both transformers share; a subclass makes tokens of its input."""
 
     def __init__(self, config: ViTConfig, *, dim: int, depth: int, heads: int) -> None:
@@ -90,9 +91,9 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @abstractmethod
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
         """Tokens [B, N, D] of the input without positions, their grid (R, C), and whether the input is square."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The normalised class token, float [B, D].
