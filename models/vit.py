@@ -62,7 +62,7 @@ def positions_for(
 class ViT(nn.Module, ABC):
     """What both transformers share; a subclass makes tokens of its input."""
 
-    def __init__(self, config: ViTConfig, *, dim: int, depth: int, heads: int) -> None:
+    def __init__(self, config: ViTConfig, *, dim: int, depth: int, heads: int, embed: dict[str, nn.Module]) -> None:
         super().__init__()
         self.pos_interpolation = config.pos_interpolation
         self.grad_checkpointing = config.grad_checkpointing
@@ -73,6 +73,8 @@ class ViT(nn.Module, ABC):
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, config.register_tokens, dim)) if config.register_tokens else None
         )
+        for name, module in embed.items():  # before the blocks, as in the published checkpoints
+            self.add_module(name, module)
         layer_norm = partial(nn.LayerNorm, eps=1e-6)
         rates = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
@@ -202,10 +204,12 @@ class PatchViT(ViT):
     the bottom are not seen.
     """
 
+    patch_embed: _PatchEmbed
+
     def __init__(self, config: HIPTPatchConfig) -> None:
         dim = config.resolved_dim
-        super().__init__(config, dim=dim, depth=config.depth, heads=config.resolved_heads)
-        self.patch_embed = _PatchEmbed(dim)
+        embed: dict[str, nn.Module] = {"patch_embed": _PatchEmbed(dim)}
+        super().__init__(config, dim=dim, depth=config.depth, heads=config.resolved_heads, embed=embed)
         self._init_weights()
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
@@ -222,14 +226,17 @@ class RegionViT(ViT):
     Takes float [B, in_dim, R, C].
     """
 
+    phi: nn.Sequential
+
     def __init__(self, config: HIPTRegionConfig) -> None:
-        super().__init__(config, dim=config.dim, depth=config.depth, heads=config.heads)
+        phi = nn.Sequential(nn.Linear(config.in_dim, config.dim), nn.GELU(), nn.Dropout(config.dropout))
+        super().__init__(config, dim=config.dim, depth=config.depth, heads=config.heads, embed={"phi": phi})
         self.in_dim = config.in_dim
-        self.phi = nn.Sequential(nn.Linear(config.in_dim, config.dim), nn.GELU(), nn.Dropout(config.dropout))
         self._init_weights()
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
         if x.ndim != 4 or x.shape[1] != self.in_dim or 0 in x.shape[2:]:
             raise ValueError(f"grids must have shape [B, {self.in_dim}, rows, columns]: found {list(x.shape)}")
         rows, columns = x.shape[-2:]
-        return self.phi(x.flatten(2).transpose(1, 2)), (rows, columns), rows == columns
+        tokens: Tensor = self.phi(x.flatten(2).transpose(1, 2))
+        return tokens, (rows, columns), rows == columns
