@@ -18,11 +18,13 @@ import openslide
 import polars as pl
 import pytest
 import simplejpeg
+import torch
 import wds2idx  # type: ignore[import-untyped]
 import webdataset
 
 from engine import shard
 from engine.recipes import ShardRecipe
+from models import build_model
 
 Made = tuple[Path, dict[str, Any]]
 MakeRecipe = Callable[..., ShardRecipe]
@@ -51,7 +53,7 @@ def test_the_readmes_list_and_examples_work(slides: Path, tmp_path: Path, make_r
         table = table.replace(name, str(path))
     (tmp_path / "list.csv").write_text(table.replace("0.2527", "0.5"))
     shard.run(make_recipe(tmp_path / "list.csv", tmp_path / "set"), local=True)
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second, third, fourth = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict[str, Any] = {}
     exec(first.replace("/data/set", str(tmp_path / "set")), found)
     index = pl.read_parquet(tmp_path / "set" / "index.parquet")
@@ -60,6 +62,14 @@ def test_the_readmes_list_and_examples_work(slides: Path, tmp_path: Path, make_r
     assert set(found["sharp"]["split"]) == {"train", "test"}
     exec(second.replace("/data/set", str(tmp_path / "set")).replace("64", "8"), found)
     assert found["batch"].images[0].shape == (8, 3, 224, 224)
+    exec(third.replace("s3://bucket/sets/one", str(tmp_path / "set")).replace("=256", "=8"), found)
+    with found["loader"] as loader:
+        assert next(loader).images[0].shape == (8, 3, 224, 224)
+    weights = {"vit256_small_dino.pth": "hipt_patch", "vit4k_xs_dino.pth": "hipt_region"}
+    for name, model in weights.items():
+        torch.save(build_model(model).state_dict(), tmp_path / name)
+        fourth = fourth.replace(name, str(tmp_path / name))
+    exec(fourth, found | {"regions": torch.zeros(1, 3, 256, 512)})
 
 
 def test_tar_and_index_agree_and_hold_no_owner_or_time(sharded: Made) -> None:
