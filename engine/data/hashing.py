@@ -16,8 +16,8 @@ def seed_state(seed: int, domain: int) -> U64Array:
 
     The domain keeps the order of the samples and the draws of a sample apart although both use the same seed.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it has to be in [0, 2**64)")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it has to be a whole number in [0, 2**64)")
     # Arrays of one element, not scalars: numpy wraps arrays silently and warns about scalars.
     return absorb(splitmix64(np.array([seed], np.uint64)), np.array([domain], np.uint64))
 

@@ -103,7 +103,7 @@ class PatchLoader:
             "seen": self._seen,
             "order": self._stream.order,
             "draws": DRAWS_VERSION,
-            "seed": self._stream.seed,
+            "seed": int(self._stream.seed),
             "dataset": self._digest,
             "views": [view.as_dict() for view in self._views],
         }
@@ -232,7 +232,7 @@ def _of_regions(batch: PatchBatch, present: npt.NDArray[np.bool_]) -> PatchBatch
 
 
 def checked_seen(seen: int) -> int:
-    """Return `seen` if it counts samples, else raise ValueError."""
-    if isinstance(seen, bool) or not isinstance(seen, int) or seen < 0:
+    """Return `seen` (numpy's integers too) as an int if it counts samples, else raise ValueError."""
+    if isinstance(seen, bool) or not isinstance(seen, int | np.integer) or seen < 0:
         raise ValueError(f"seen is {seen!r}; it counts delivered samples: a whole number from 0 on")
-    return seen
+    return int(seen)

@@ -185,10 +185,12 @@ def open_loader(
     """
     given = [dataset] if isinstance(dataset, Dataset | Path | str) else dataset
     datasets = open_datasets(given, store_options=store_options, cache=cache, cache_bytes=cache_bytes)
-    checked_seen(seen)
+    seen = checked_seen(seen)
     rank_positions(0, batch_size_per_rank, rank, world_size)
     if prefetch < 1:
         raise ValueError(f"prefetch is {prefetch}; at least 1 batch is decoded ahead")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; at least 1 decodes")
     if bad_samples not in ("fail", "replace"):
         raise ValueError(f"bad_samples is {bad_samples!r}; it has to be 'fail' or 'replace'")
     check_views(datasets, views, locality=locality, bad_samples=bad_samples)

@@ -80,7 +80,10 @@ class RangeCache:
             if due:
                 self._unchecked_bytes = 0
         if due:
-            self._shrink()
+            try:
+                self._shrink()
+            except OSError as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Close the files; the cache stays usable."""

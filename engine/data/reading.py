@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import zlib
 from bisect import bisect_right
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.sources import LocalShards, ShardSource, in_tasks, joined
+from engine.data.sources import LocalShards, OpenFiles, ShardSource, in_tasks, joined
 from sharding.index import ROW_DTYPE, Dataset
 
 _HEADER_BYTES = 512  # a USTAR header; it stands right before its member's payload
@@ -105,7 +106,8 @@ class SampleReader:
         self._keep_faults = keep_faults
         self._condemned: dict[int, BadSampleError] = {}
         self.patch_px = patch_px(self._datasets)
-        self._sources = [_open_source(dataset) for dataset in self._datasets]
+        files = OpenFiles(os.O_RDONLY)
+        self._sources = [_open_source(dataset, files) for dataset in self._datasets]
         # Datasets of several kinds are read like the one that is farthest away.
         self._manner = max(self._sources, key=lambda source: source.read_ahead_bytes)
         self._pool = ThreadPoolExecutor(self._manner.threads, thread_name_prefix="sample-reader")
@@ -283,9 +285,9 @@ class SampleReader:
         return dict(zip(table.column("offset").to_pylist(), table.column("key").to_pylist(), strict=True))
 
 
-def _open_source(dataset: Dataset) -> ShardSource:
+def _open_source(dataset: Dataset, files: OpenFiles) -> ShardSource:
     if type(dataset) is Dataset:
-        return LocalShards(dataset)
+        return LocalShards(dataset, files)
     from engine.data.remote import RemoteDataset, RemoteShards
 
     assert isinstance(dataset, RemoteDataset)

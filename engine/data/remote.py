@@ -51,11 +51,13 @@ def open_remote_dataset(
     options: StoreOptions | None = None,
     cache: Path | str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ranges: RangeCache | None = None,
 ) -> RemoteDataset:
     """Open the finished dataset at `url` (s3://BUCKET/PREFIX, gs://, az://, http://).
 
     cache: a folder on a local disk, made where it is missing; any number of processes may share it. cache_bytes: how
-    much of the shards it keeps; the tables come on top. Raises what `open_dataset` raises, and StoreError.
+    much of the shards it keeps; the tables come on top. ranges: that of another dataset with the same cache, to share
+    its open files. Raises what `open_dataset` raises, and StoreError.
     """
     if cache_bytes < 0:
         raise ValueError(f"cache_bytes is {cache_bytes}; expected 0 (keep no samples) or more")
@@ -86,7 +88,7 @@ def open_remote_dataset(
         rows=map_rows(rows_bin, meta, store.url),
         shard_names=shard_names,
         store=store,
-        ranges=RangeCache(folder / "shards", cache_bytes),
+        ranges=ranges or RangeCache(folder / "shards", cache_bytes),
     )
 
 

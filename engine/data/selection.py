@@ -21,6 +21,8 @@ from sharding.index import Dataset, DatasetDamagedError, open_dataset
 if TYPE_CHECKING:
     import polars as pl
 
+    from engine.data.range_cache import RangeCache
+
 _ROW, _CLASS = "number_of_the_row", "class_of_the_row"
 
 
@@ -49,13 +51,18 @@ def open_datasets(
     Raises ValueError where one is empty or given twice, or there is none.
     """
     datasets: list[Dataset] = []
+    ranges: RangeCache | None = None
     for place in given:
         if isinstance(place, Dataset):
             datasets.append(place)
         elif isinstance(place, str) and is_url(place):
             from engine.data.remote import open_remote_dataset
 
-            datasets.append(open_remote_dataset(place, options=store_options, cache=cache, cache_bytes=cache_bytes))
+            remote = open_remote_dataset(
+                place, options=store_options, cache=cache, cache_bytes=cache_bytes, ranges=ranges
+            )
+            ranges = remote.ranges
+            datasets.append(remote)
         else:
             datasets.append(open_dataset(place))
     if not datasets:

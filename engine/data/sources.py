@@ -113,11 +113,12 @@ class LocalShards:
     join_bytes = 1 << 20
     rows_per_task = 16
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, files: OpenFiles) -> None:
+        """`files`, opened for reading, may be shared: so many are open, however many datasets there are."""
         self.names = dataset.shard_names
         self._name = dataset.name
         self._paths = dataset.shard_paths
-        self._files = OpenFiles(os.O_RDONLY)
+        self._files = files
 
     def cached(self, shard: int, offset: int, length: int) -> bytes | None:
         """See ShardSource."""

@@ -48,6 +48,7 @@ _CLIENT_OPTIONS = (
 _TIMEOUTS = ("timeout", "connect_timeout", "read_timeout")
 _STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
 _PASSING_STATUS = (408, 425, 429)
+_UNSENDABLE = "builder error"  # the client itself refuses to make the request
 _LONGEST_WAIT_S = 10.0
 _WARN_EVERY_S = 30.0
 
@@ -213,6 +214,8 @@ def _status(error: Exception) -> int | None:
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status = _status(error)
+    if _UNSENDABLE in str(error):
+        return False
     if status is None or _seeks_credentials(error):
         return "redirect without LOCATION" not in str(error)
     return status >= 500 or status in _PASSING_STATUS
@@ -230,6 +233,8 @@ def _reason(error: Exception, options: StoreOptions) -> str:
         return "no credentials were found; set AWS_ACCESS_KEY_ID and the others, or AWS_SKIP_SIGNATURE=true"
     if match := _STATUS.search(text):
         return f"HTTP {match[1]} {match[2].strip()}" + (f" ({match[3]})" if match[3] else "")
+    if _UNSENDABLE in text:
+        return "no request can be made to its endpoint; one without TLS (http://) needs AWS_ALLOW_HTTP=true"
     if "redirect without LOCATION" in text:
         return "the bucket lies in another region; set AWS_REGION"
     for sign, words in (

@@ -110,6 +110,15 @@ def test_resume_delivers_the_identical_rest(dataset: Any, backend: Any) -> None:
         assert torch.equal(next(loader).images[0], rest[0].images[0][2:4])
 
 
+def test_a_position_and_a_seed_of_numpy_are_taken_as_plain_numbers(dataset: Any) -> None:
+    with open_cpu(dataset, "torch", seen=np.int64(8), seed=np.uint64(3)) as loader:
+        state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    with open_cpu(dataset, "torch", seed=3) as loader:
+        loader.load_state_dict(state)
+        assert loader.seen == 8
+
+
 def test_a_state_of_another_stream_is_refused_by_name(dataset: Any, make_dataset: Any) -> None:
     with open_cpu(dataset, "torch") as loader:
         state = loader.state_dict()
@@ -158,7 +167,9 @@ def test_impossible_requests_are_refused_before_anything_starts(dataset: Any, ba
         "rank 2 does not exist": {"rank": 2, "world_size": 2},
         "batch_size_per_rank": {"batch_size": 0},
         "seen": {"seen": -1},
-        "seed": {"seed": -1},
+        "seed is -1": {"seed": -1},
+        r"seed is 1\.5": {"seed": 1.5},
+        "threads is 0": {"threads": 0},
     }
     for match, options in wrong.items():
         with pytest.raises(ValueError, match=match):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_tasks_hold_whole_groups() -> None:
     assert list(in_tasks(groups, 1)) == [[group] for group in groups]
     assert list(in_tasks(groups, 3)) == [[[0], [1, 2]], [[3], [4, 5, 6, 7]], [[8], [9]]]
     assert list(in_tasks([], 3)) == []
+
+
+def test_all_datasets_together_keep_so_many_files_open(
+    make_dataset: Any, paint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.data.sources._MAX_OPEN_SHARDS", 3)
+    made = [make_dataset([paint(10 * number + row, 96) for row in range(6)], rows_per_shard=1) for number in range(4)]
+    reader = SampleReader([open_dataset(each.path) for each in made])
+    samples = reader.collect(reader.submit(np.arange(24)))
+    assert [sample.jpeg.tobytes() for sample in samples] == [payload for each in made for payload in each.payloads]
+    ours = {path.resolve() for each in made for path in (each.path / "shards").glob("*.tar")}
+    assert sum(link.resolve() in ours for link in Path("/proc/self/fd").iterdir()) == 3
+    reader.close()
 
 
 @pytest.fixture

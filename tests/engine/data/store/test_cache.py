@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import multiprocessing
 import os
@@ -15,7 +16,9 @@ import pytest
 
 from engine.data.range_cache import RangeCache
 from engine.data.reading import BadSampleError, SampleReader
-from engine.data.remote import open_remote_dataset
+from engine.data.remote import RemoteDataset, open_remote_dataset
+from engine.data.selection import open_datasets
+from sharding.index import content_digest
 
 
 def disk_bytes(folder: Path) -> int:
@@ -153,6 +156,36 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "No space left" in warnings[0]
+
+
+def test_a_cache_that_cannot_be_looked_over_ends_and_not_the_run(
+    remote: Any, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, url = remote
+    dataset = open_remote_dataset(url, options=store.options(join_bytes=1), cache=tmp_path, cache_bytes=1000)
+
+    def refused(_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(RangeCache, "_sole", refused)
+    reader = SampleReader(dataset)
+    samples = reader.collect(reader.submit(np.arange(12)))
+    reader.close()
+    assert [sample.jpeg.tobytes() for sample in samples] == made.payloads
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+
+
+def test_datasets_that_are_loaded_together_share_a_cache(remote: Any, store: Any, tmp_path: Path) -> None:
+    made, url = remote
+    meta = json.loads((made.path / "dataset.json").read_text())
+    meta["versions"] = {"other": "1"}
+    (made.path / "dataset.json").write_text(json.dumps(meta | {"digest": content_digest(meta)}))
+    urls = [url, store.put(made.path, "sets/b")]
+    first, second = open_datasets(urls, store_options=store.options(), cache=tmp_path / "cache")
+    assert isinstance(first, RemoteDataset)
+    assert isinstance(second, RemoteDataset)
+    assert first.ranges is second.ranges
 
 
 def test_threads_that_write_read_and_empty_at_once_get_nothing_wrong(remote: Any, store: Any, tmp_path: Path) -> None:

@@ -245,6 +245,16 @@ def test_a_store_that_is_not_there_is_one_sentence(remote: Any, store: Any, monk
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.timeout(60)  # the options' patience is far longer
+def test_an_endpoint_without_tls_that_is_not_allowed_is_said_at_once(
+    remote: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = remote
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(StoreError, match="AWS_ALLOW_HTTP=true"):
+        open_it(url, store_options=store.options(patience_s=600.0))
+
+
 def test_wrong_credentials_are_one_sentence(remote: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, url = remote
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
