@@ -230,7 +230,7 @@ def _write_and_read(folder: Path, seed: int, failures: Any) -> None:
 
 
 def test_processes_share_a_cache(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     failures = context.Queue()
     processes = [context.Process(target=_write_and_read, args=(tmp_path, seed, failures)) for seed in range(3)]
     for process in processes:
