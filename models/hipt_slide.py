@@ -48,6 +48,7 @@ class HIPTSlide(nn.Module):
         super().__init__()
         self.config = config
         dim, dropout = config.dim, config.dropout
+        self.register_module("local_vit", None)  # a subclass's; published checkpoints have it first
         self.global_phi = _layer(config.in_dim, dim, dropout)
         self.pos_encoder = build_positions(config)
         layer = nn.TransformerEncoderLayer(dim, config.heads, dim, dropout, activation="relu", batch_first=True)
