@@ -8,7 +8,7 @@ a downloaded file cannot run code. `models/weights_info.py` has what is recorded
 from __future__ import annotations
 
 import argparse
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +137,12 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
     if path.suffix not in PICKLES:
         raise ValueError(f"{path} has the suffix {path.suffix!r}: expected .safetensors, {', '.join(PICKLES)}")
+    _refuse_damaged_archive(path)
     try:
         # Published DINO checkpoints carry their command line as a Namespace, which holds values and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True), {}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a damaged pickle or archive runs into is any kind of error, OSError included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as plain weights ({reason}). Either it is damaged: fetch it again; or it pickles "
@@ -161,6 +162,19 @@ def _refuse_placeholders(path: Path) -> None:
         )
     if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise ValueError(f"{path} is a web page (HTML), not a checkpoint: the download was refused or asks a question")
+
+
+def _refuse_damaged_archive(path: Path) -> None:
+    """Compare what torch.save wrote with its checksums, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, or something that torch.load will refuse
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # as in `_read`
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum; fetch it again")
 
 
 def _unwrap(content: Any, path: Path | str) -> tuple[dict[str, Tensor], str | None]:

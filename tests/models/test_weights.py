@@ -142,6 +142,26 @@ def test_files_that_are_no_checkpoint_are_named(
     assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "pickle"])
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.6, 0.9, 0.99])
+def test_a_cut_off_file_is_named(encoder: Encoder, tmp_path: Path, legacy: bool, kept: float) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(weights(), path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"w\.pth cannot be read as plain weights"):
+        load_weights(encoder, path)
+
+
+def test_a_changed_byte_among_the_weights_is_found(encoder: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(weights(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(weights()["body.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pth is damaged: .*data/\d+ in it does not have its checksum"):
+        load_weights(encoder, path)
+
+
 def test_a_missing_file_and_a_folder_are_named(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist"):
         load_weights(encoder, tmp_path / "none.pth")
