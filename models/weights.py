@@ -25,7 +25,20 @@ from models.weights_info import WeightsInfo, weights_digest
 WRAPPERS = ("model_state_dict", "state_dict", "model", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 HEADS = ("head.", "fc.", "classifier.")  # of pre-training; an encoder has none
-RENAMED = {"vit_region.": "local_vit."}  # the region ViT in later reimplementations of HIPT
+RENAMED = {  # published prefixes, where the model has ours and not theirs
+    "vit_region.": "local_vit.",  # the region ViT in later reimplementations of HIPT
+    "i_classifier.fc.0.": "instance_classifier.",  # DSMIL, from here
+    "b_classifier.q.": "query.",
+    "b_classifier.v.1.": "value.1.",
+    "b_classifier.fcc.": "bag_classifier.",
+    "attention.0.": "attention.V.",  # attention MIL, plain
+    "attention.3.": "attention.w.",
+    "attention_V.0.": "attention.V.",  # the same, gated
+    "attention_U.0.": "attention.U.",
+    "attention_weights.": "attention.w.",
+    "classifier.0.": "embed.0.",  # HIPT's MIL, `pool_mil` here
+    "classifier.3.": "classifier.",
+}
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 HUB = "hf-hub:"
 SHOWN = 5  # keys listed per kind of trouble
@@ -203,9 +216,9 @@ def _match_keys(state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path 
         key = original_key
         while key not in own and key.startswith(PREFIXES):
             key = key.partition(".")[2]
-        for theirs, ours in RENAMED.items():
-            if key not in own and key.startswith(theirs):
-                key = ours + key.removeprefix(theirs)
+        if key not in own:
+            renamed = (ours + key.removeprefix(theirs) for theirs, ours in RENAMED.items() if key.startswith(theirs))
+            key = next((name for name in renamed if name in own), key)
         if key.startswith(foreign_heads):
             continue
         if key in matched:
