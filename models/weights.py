@@ -93,9 +93,9 @@ def fit(model: nn.Module, found: Checkpoint, path: Path | str) -> tuple[dict[str
             f"{path} does not fit {type(model).__name__} ({len(own)} keys expected, {len(state)} found): {lists}. "
             "Check the model's config (sizes, preset) against the checkpoint"
         )
-    digest = weights_digest(state)
     if found.info is None:
-        return state, WeightsInfo(digest)
+        return state, WeightsInfo(weights_digest(state))
+    digest = weights_digest(found.state)
     if found.info.digest != digest:
         raise ValueError(f"{path} is damaged: its weights have {digest}, its metadata says {found.info.digest}")
     rules = {rule for module in model.modules() if isinstance(rule := getattr(module, "pos_interpolation", None), str)}

@@ -351,6 +351,14 @@ def test_metadata_that_contradicts_the_weights_is_refused(
         load_weights(encoder, tmp_path / "w.safetensors")
 
 
+def test_a_head_that_is_left_out_is_no_damage(tmp_path: Path) -> None:
+    state = Classifier().state_dict()
+    save_file(state, tmp_path / "w.safetensors", WeightsInfo(weights_digest(state), mpp=0.5).to_metadata())
+    body = nn.ModuleDict({"body": nn.Linear(4, 4)})
+    assert load_weights(body, tmp_path / "w.safetensors").mpp == 0.5
+    assert torch.equal(body.state_dict()["body.weight"], state["body.weight"])
+
+
 def test_weights_of_another_position_rule_are_refused(tmp_path: Path) -> None:
     small = {"dim": 16, "depth": 1, "heads": 2}
     model = build_model("hipt_patch", **small)
