@@ -120,6 +120,19 @@ class HIPTLocalGlobal(HIPTSlide):
         embeddings, mask = self.region_embeddings(regions, mask=mask, patch_mask=patch_mask, grid=grid)
         return super().forward(embeddings, mask=mask, coordinates=coordinates)
 
+    def attention(
+        self,
+        regions: Tensor,
+        *,
+        mask: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """As in `HIPTSlide`, of patch embeddings; arguments and errors are those of `forward`."""
+        embeddings, mask = self.region_embeddings(regions, mask=mask, patch_mask=patch_mask, grid=grid)
+        return super().attention(embeddings, mask=mask, coordinates=coordinates)
+
     def region_embeddings(
         self,
         regions: Tensor,

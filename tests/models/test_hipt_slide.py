@@ -211,6 +211,13 @@ def test_attention_is_shared_among_the_regions_of_a_slide() -> None:
     assert bool((attention[mask] > 0).all())
 
 
+def test_attention_of_patches_is_that_of_their_regions() -> None:
+    model, patches = local_global(), torch.randn(3, 4, 24)
+    embeddings, _ = model.region_embeddings(patches)
+    assert torch.equal(model.attention(patches), HIPTSlide.attention(model, embeddings))
+    assert model.attention(patches).shape == (1, 3)
+
+
 def test_without_positions_the_order_of_regions_does_not_matter_and_with_them_it_does() -> None:
     regions, order = torch.randn(6, 32), torch.tensor([3, 1, 5, 0, 2, 4])
     places = torch.tensor([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]])
