@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.hipt_config import HeadKind
+from models.objectives.ordinal import predict_ordinal
+from models.objectives.regression import predict_class
+from models.objectives.survival import hazards, risk, survival
 
 
 def build_head(kind: HeadKind, dim: int, n_classes: int) -> nn.Module:
@@ -49,11 +52,7 @@ def predictions(kind: HeadKind, logits: Tensor, n_classes: int) -> dict[str, Ten
     if kind == "classification":
         return {"probabilities": logits.softmax(dim=-1), "class": logits.argmax(dim=-1)}
     if kind == "regression":
-        value = logits.squeeze(-1)
-        return {"value": value, "class": value.round().clamp(0, n_classes - 1).long()}
+        return {"value": logits.squeeze(-1), "class": predict_class(logits, n_classes)}
     if kind == "survival":
-        hazards = logits.sigmoid()
-        survival = (1 - hazards).cumprod(dim=-1)
-        return {"hazards": hazards, "survival": survival, "risk": -survival.sum(dim=-1)}
-    above = logits.sigmoid()
-    return {"above": above, "class": (above > 0.5).long().cumprod(dim=-1).sum(dim=-1)}
+        return {"hazards": hazards(logits), "survival": survival(logits), "risk": risk(logits)}
+    return {"above": logits.sigmoid(), "class": predict_ordinal(logits)}

@@ -48,6 +48,7 @@ class HIPTSlide(nn.Module):
         super().__init__()
         self.config = config
         dim, dropout = config.dim, config.dropout
+        self.register_module("local_vit", None)  # a subclass's; published checkpoints have it first
         self.global_phi = _layer(config.in_dim, dim, dropout)
         self.pos_encoder = build_positions(config)
         layer = nn.TransformerEncoderLayer(dim, config.heads, dim, dropout, activation="relu", batch_first=True)
@@ -118,6 +119,19 @@ class HIPTLocalGlobal(HIPTSlide):
         """
         embeddings, mask = self.region_embeddings(regions, mask=mask, patch_mask=patch_mask, grid=grid)
         return super().forward(embeddings, mask=mask, coordinates=coordinates)
+
+    def attention(
+        self,
+        regions: Tensor,
+        *,
+        mask: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """As in `HIPTSlide`, of patch embeddings; arguments and errors are those of `forward`."""
+        embeddings, mask = self.region_embeddings(regions, mask=mask, patch_mask=patch_mask, grid=grid)
+        return super().attention(embeddings, mask=mask, coordinates=coordinates)
 
     def region_embeddings(
         self,

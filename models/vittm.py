@@ -25,6 +25,10 @@ from models.vittm_config import ViTTMConfig, ViTTMTrunkConfig
 from models.vittm_heads import Fusion, read_write_head
 
 _VIT_PATCH = 16
+_PARTS = (  # in the order of released checkpoints
+    *("patch_embed", "blocks", "fc_norm", "head", "memory_embedder", "process_embedder", "read_norm", "write_norm"),
+    *("process_norm", "process_head", "fc_norm_process", "mem_blocks", "write_head", "read_head"),
+)
 
 
 class MemoryMLP(nn.Module):
@@ -52,6 +56,8 @@ class ViTTMTrunk(nn.Module):
         super().__init__()
         self.config = config
         dim, num_memory, num_process = config.dim, config.num_memory, config.num_process
+        for name in _PARTS:
+            self.register_module(name, None)
         if vit_rest:
             num_vit = (config.img_size // _VIT_PATCH) ** 2
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=False)
@@ -60,8 +66,8 @@ class ViTTMTrunk(nn.Module):
             self.patch_embed = _patch_embed(_VIT_PATCH, dim).requires_grad_(shared)
         self.memory_embedder = self.patch_embed if vit_rest and shared else _patch_embed(config.memory_patch, dim)
         self.process_embedder = _patch_embed(config.process_patch, dim)
-        self.memory_pos_embed = nn.Parameter(torch.empty(1, num_memory, dim))
         self.process_pos_embed = nn.Parameter(torch.empty(1, num_process, dim))
+        self.memory_pos_embed = nn.Parameter(torch.empty(1, num_memory, dim))
         self.read_norm = nn.ModuleList(LayerNorm(dim) for _ in range(config.depth))
         self.read_head = self._heads(num_process)
         self.read_fusion = nn.ModuleList(Fusion(config.fusion, dim, num_process) for _ in range(config.depth))

@@ -95,10 +95,10 @@ class LatentHead(nn.Module):
 
     def __init__(self, dim: int, latent_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 64, latent_dim)
-        self.norm_q = nn.LayerNorm(dim)
         self.mlp2 = Mlp(dim, 64, latent_dim)
+        self.norm = nn.LayerNorm(dim)
+        self.norm_q = nn.LayerNorm(dim)
 
     def forward(self, query_BQD: Tensor, source_BSD: Tensor) -> Tensor:
         """See the head of this file."""
@@ -112,8 +112,8 @@ class TokenLearnerHead(nn.Module):
 
     def __init__(self, dim: int, num_query: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, num_query, num_query)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, query_BQD: Tensor, source_BSD: Tensor) -> Tensor:
         """See the head of this file; Q is `num_query`."""

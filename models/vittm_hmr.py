@@ -111,12 +111,13 @@ class HMRBlock(nn.Module):
         self.read_attn = LinearCrossAttention(dim, heads)
         self.norm_proc = nn.LayerNorm(dim)
         self.proc_attn = SelfAttention(dim, heads)
-        self.norm_mlp_p = nn.LayerNorm(dim)
-        self.mlp_process = _mlp(dim, mlp_ratio)
         if writes:
             self.norm_write = nn.LayerNorm(dim)
             self.norm_write_source = nn.LayerNorm(dim) if normalise_source else nn.Identity()
             self.write_attn = LinearCrossAttention(dim, heads)
+        self.norm_mlp_p = nn.LayerNorm(dim)
+        self.mlp_process = _mlp(dim, mlp_ratio)
+        if writes:
             self.norm_mlp_m = nn.LayerNorm(dim)
             self.mlp_memory = _mlp(dim, mlp_ratio)
 
@@ -142,6 +143,7 @@ class HMREncoder(nn.Module):
         self.memory_bank = nn.Parameter(torch.randn(1, config.resolved_slots, dim) * 0.02)
         self.process_pos_embed = nn.Parameter(torch.zeros(1, config.num_process, dim))
         self.process_mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_module("target_embed", None)  # the model's own; published checkpoints have it here
         # The repaired process view is `ratio` times smaller, so that a process patch is memory_patch pixels wide in it.
         view_patch = config.process_patch if self.original else config.memory_patch
         self.process_embed = nn.Conv2d(3, dim, view_patch, view_patch)

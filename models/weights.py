@@ -8,7 +8,7 @@ a downloaded file cannot run code. `models/weights_info.py` has what is recorded
 from __future__ import annotations
 
 import argparse
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,20 @@ from models.weights_info import WeightsInfo, weights_digest
 WRAPPERS = ("model_state_dict", "state_dict", "model", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 HEADS = ("head.", "fc.", "classifier.")  # of pre-training; an encoder has none
-RENAMED = {"vit_region.": "local_vit."}  # the region ViT in later reimplementations of HIPT
+RENAMED = {  # published prefixes, where the model has ours and not theirs
+    "vit_region.": "local_vit.",  # the region ViT in later reimplementations of HIPT
+    "i_classifier.fc.0.": "instance_classifier.",  # DSMIL, from here
+    "b_classifier.q.": "query.",
+    "b_classifier.v.1.": "value.1.",
+    "b_classifier.fcc.": "bag_classifier.",
+    "attention.0.": "attention.V.",  # attention MIL, plain
+    "attention.3.": "attention.w.",
+    "attention_V.0.": "attention.V.",  # the same, gated
+    "attention_U.0.": "attention.U.",
+    "attention_weights.": "attention.w.",
+    "classifier.0.": "embed.0.",  # HIPT's MIL, `pool_mil` here
+    "classifier.3.": "classifier.",
+}
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 HUB = "hf-hub:"
 SHOWN = 5  # keys listed per kind of trouble
@@ -80,9 +93,9 @@ def fit(model: nn.Module, found: Checkpoint, path: Path | str) -> tuple[dict[str
             f"{path} does not fit {type(model).__name__} ({len(own)} keys expected, {len(state)} found): {lists}. "
             "Check the model's config (sizes, preset) against the checkpoint"
         )
-    digest = weights_digest(state)
     if found.info is None:
-        return state, WeightsInfo(digest)
+        return state, WeightsInfo(weights_digest(state))
+    digest = weights_digest(found.state)
     if found.info.digest != digest:
         raise ValueError(f"{path} is damaged: its weights have {digest}, its metadata says {found.info.digest}")
     rules = {rule for module in model.modules() if isinstance(rule := getattr(module, "pos_interpolation", None), str)}
@@ -137,11 +150,12 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
     if path.suffix not in PICKLES:
         raise ValueError(f"{path} has the suffix {path.suffix!r}: expected .safetensors, {', '.join(PICKLES)}")
+    _refuse_damaged_archive(path)
     try:
         # Published DINO checkpoints carry their command line as a Namespace, which holds values and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True), {}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a damaged pickle or archive runs into is any kind of error, OSError included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as plain weights ({reason}). Either it is damaged: fetch it again; or it pickles "
@@ -161,6 +175,19 @@ def _refuse_placeholders(path: Path) -> None:
         )
     if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise ValueError(f"{path} is a web page (HTML), not a checkpoint: the download was refused or asks a question")
+
+
+def _refuse_damaged_archive(path: Path) -> None:
+    """Compare what torch.save wrote with its checksums, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6, or something that torch.load will refuse
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # as in `_read`
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged} in it does not have its checksum; fetch it again")
 
 
 def _unwrap(content: Any, path: Path | str) -> tuple[dict[str, Tensor], str | None]:
@@ -189,9 +216,9 @@ def _match_keys(state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path 
         key = original_key
         while key not in own and key.startswith(PREFIXES):
             key = key.partition(".")[2]
-        for theirs, ours in RENAMED.items():
-            if key not in own and key.startswith(theirs):
-                key = ours + key.removeprefix(theirs)
+        if key not in own:
+            renamed = (ours + key.removeprefix(theirs) for theirs, ours in RENAMED.items() if key.startswith(theirs))
+            key = next((name for name in renamed if name in own), key)
         if key.startswith(foreign_heads):
             continue
         if key in matched:

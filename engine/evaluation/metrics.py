@@ -8,8 +8,8 @@ Shapes: n cases, C classes. Probabilities are [n, C]; scores of a binary label m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +18,41 @@ from scipy.stats import rankdata
 Array = npt.NDArray[np.float64]
 
 
-class Concordance(NamedTuple):
-    """Harrell's C and the pairs behind it; `float()` of it is the index.
+class Concordance(float):
+    """Harrell's C, a number; it carries the pairs behind it, and unpacks into itself and the four counts.
 
-    cindex: (concordant + tied_risk / 2) / (concordant + discordant + tied_risk).
-    concordant, discordant: comparable pairs whose risks are in the right and in the wrong order.
-    tied_risk: comparable pairs whose risks differ by 1e-8 at most.
-    tied_time: comparable pairs at the same time (an event, and a case censored then).
+    Its value is (concordant + tied_risk / 2) / (concordant + discordant + tied_risk).
+
+    Attributes:
+        concordant, discordant: comparable pairs whose risks are in the right and in the wrong order.
+        tied_risk: comparable pairs whose risks differ by 1e-8 at most.
+        tied_time: comparable pairs at the same time (an event, and a case censored then).
     """
 
-    cindex: float
     concordant: int
     discordant: int
     tied_risk: int
     tied_time: int
 
-    def __float__(self) -> float:
-        return self.cindex
+    def __new__(cls, concordant: int, discordant: int, tied_risk: int, tied_time: int) -> Self:
+        self = super().__new__(cls, (concordant + 0.5 * tied_risk) / (concordant + discordant + tied_risk))
+        self.concordant, self.discordant = concordant, discordant
+        self.tied_risk, self.tied_time = tied_risk, tied_time
+        return self
+
+    @property
+    def cindex(self) -> float:
+        """The number alone."""
+        return float(self)
+
+    def __getnewargs__(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+        return self.concordant, self.discordant, self.tied_risk, self.tied_time
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.cindex, *self.__getnewargs__()))
+
+    def __getitem__(self, index: int) -> float:
+        return (self.cindex, *self.__getnewargs__())[index]
 
 
 def concordance_index(
@@ -72,13 +90,12 @@ def concordance_index(
         tied_risk += tied
         discordant += len(ahead) - right - tied
         tied_time += int(same_time.sum())
-    pairs = concordant + discordant + tied_risk
-    if not pairs:
+    if not concordant + discordant + tied_risk:
         raise ValueError(
             f"no pair can be compared: found {int(events.sum())} events among {len(times)} cases, "
             "and expected one with another case that goes on longer"
         )
-    return Concordance((concordant + 0.5 * tied_risk) / pairs, concordant, discordant, tied_risk, tied_time)
+    return Concordance(concordant, discordant, tied_risk, tied_time)
 
 
 def roc_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:

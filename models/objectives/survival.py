@@ -29,18 +29,26 @@ def nll_survival_loss(logits: Tensor, bin_index: Tensor, censored: Tensor, alpha
 
     Args:
         logits: [B, T].
-        bin_index: int64 [B], the bin of each time.
-        censored: [B], 1 or True where no event was seen.
+        bin_index: integers [B] or [B, 1], the bin of each time.
+        censored: [B] or [B, 1], 1 or True where no event was seen.
         alpha: weight taken from the censored; the published training uses 0.15, its validation 0.
+
+    Raises:
+        ValueError: numbers of patients that differ.
     """
+    at_B1 = bin_index.to(logits.device).long().reshape(-1, 1)
+    is_censored_B1 = censored.to(logits.device).bool().reshape(-1, 1)
+    if not len(logits) == len(at_B1) == len(is_censored_B1):
+        raise ValueError(
+            "logits, bin_index and censored must be of equally many patients: "
+            f"found {len(logits)}, {len(at_B1)} and {len(is_censored_B1)}"
+        )
     log_hazard_BT, log_survival_BT = _log_hazard_and_survival(logits)
     floor = math.log(_EPS)
-    at_B1 = bin_index.unsqueeze(1)
     log_before_BT = F.pad(log_survival_BT, (1, 0))
-    seen_B = -(log_before_BT.gather(1, at_B1).clamp(min=floor) + log_hazard_BT.gather(1, at_B1).clamp(min=floor))
-    unseen_B = -log_survival_BT.gather(1, at_B1).clamp(min=floor)
-    is_censored_B1 = censored.to(logits.device).bool().unsqueeze(1)
-    return torch.where(is_censored_B1, (1 - alpha) * unseen_B, seen_B).mean()
+    seen_B1 = -(log_before_BT.gather(1, at_B1).clamp(min=floor) + log_hazard_BT.gather(1, at_B1).clamp(min=floor))
+    unseen_B1 = -log_survival_BT.gather(1, at_B1).clamp(min=floor)
+    return torch.where(is_censored_B1, (1 - alpha) * unseen_B1, seen_B1).mean()
 
 
 def hazards(logits: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def test_keys_and_numbers_are_the_published_ones(
         "o.GlobalHIPT_pos1d": {"positions": "sinusoid_1d", "max_regions": 16},
     }
     model = build_model(name, n_classes=classes, **settings.get(published, {})).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    assert shapes == json.loads((PARITY / "keys_hipt_slide.json").read_text())[published]
+    shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
+    assert shapes == list(json.loads((PARITY / "keys_hipt_slide.json").read_text())[published].items())
     if bag is None:
         return
     formulas = load(PARITY / "fill_hipt.py")
@@ -209,6 +209,13 @@ def test_attention_is_shared_among_the_regions_of_a_slide() -> None:
     assert torch.allclose(attention.sum(dim=1), torch.ones(2))
     assert attention[1, 2:].tolist() == [0.0, 0.0]
     assert bool((attention[mask] > 0).all())
+
+
+def test_attention_of_patches_is_that_of_their_regions() -> None:
+    model, patches = local_global(), torch.randn(3, 4, 24)
+    embeddings, _ = model.region_embeddings(patches)
+    assert torch.equal(model.attention(patches), HIPTSlide.attention(model, embeddings))
+    assert model.attention(patches).shape == (1, 3)
 
 
 def test_without_positions_the_order_of_regions_does_not_matter_and_with_them_it_does() -> None:

@@ -64,6 +64,12 @@ def test_survival_loss_is_the_likelihood_written_out(logits: Tensor, alpha: floa
     found = nll_survival_loss(scale * logits, LABELS, censored, alpha)
     assert found.item() == pytest.approx(slow_nll(scale * logits, LABELS, censored, alpha), rel=1e-5)
     assert nll_survival_loss(scale * logits, LABELS, censored.bool(), alpha).item() == found.item()
+    assert nll_survival_loss(scale * logits, LABELS[:, None].int(), censored[:, None], alpha).item() == found.item()
+
+
+def test_survival_of_unequal_numbers_of_patients_is_refused(logits: Tensor) -> None:
+    with pytest.raises(ValueError, match="equally many patients: found 8, 7 and 8"):
+        nll_survival_loss(logits, LABELS[1:], LABELS > 1)
 
 
 def test_survival_matches_the_published_code(published: Any) -> None:

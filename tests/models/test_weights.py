@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 from models import build_model, load_weights
 from models.weights_info import WeightsInfo, weights_digest
+
+PARITY = Path(__file__).parents[2] / "../shared/parity"
+ATTENTION_MIL: dict[str, Any] = {"in_dim": 32, "embed_dims": [], "attention_dim": 16, "n_classes": 3}
+ATTENTION_MIL["classifier_dims"] = [16]
 
 
 class Classifier(nn.Module):
@@ -142,6 +147,26 @@ def test_files_that_are_no_checkpoint_are_named(
     assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "pickle"])
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.6, 0.9, 0.99])
+def test_a_cut_off_file_is_named(encoder: Encoder, tmp_path: Path, legacy: bool, kept: float) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(weights(), path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"w\.pth cannot be read as plain weights"):
+        load_weights(encoder, path)
+
+
+def test_a_changed_byte_among_the_weights_is_found(encoder: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(weights(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(weights()["body.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pth is damaged: .*data/\d+ in it does not have its checksum"):
+        load_weights(encoder, path)
+
+
 def test_a_missing_file_and_a_folder_are_named(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist"):
         load_weights(encoder, tmp_path / "none.pth")
@@ -224,6 +249,42 @@ def test_the_region_vit_of_a_later_reimplementation_is_renamed(tmp_path: Path) -
     assert_loaded(model, expected)
 
 
+@pytest.mark.parametrize(
+    ("file", "published", "name", "config"),
+    [
+        ("hipt_slide", "c.LocalHIPT_4096", "hipt_local_global", {"n_classes": 4}),
+        ("hipt_slide", "c.LocalHIPT_2048_pre4096", "hipt_local_global", {"n_classes": 4}),
+        ("hipt_slide", "c.LocalHIPT_2048", "hipt_local_global", {"n_classes": 4, "region": {"pos_grid": 7}}),
+        ("hipt_slide", "c.LocalHIPT_2048_masked", "hipt_local_global", {"n_classes": 4, "region": {"pos_grid": 7}}),
+        ("hipt_slide", "DSMIL", "dsmil", {}),
+        ("hipt_slide", "MIL_fc", "pool_mil", {"pool": "top", "embed_dims": [384]}),
+        ("hmr", "mil_simple", "abmil", {**ATTENTION_MIL, "gated": False}),
+        ("hmr", "mil_gated", "abmil", ATTENTION_MIL),
+    ],
+)
+def test_every_published_key_finds_its_place(
+    tmp_path: Path, file: str, published: str, name: str, config: dict[str, Any]
+) -> None:
+    if not PARITY.is_dir():
+        pytest.skip(f"no published keys at {PARITY}")
+    lists = json.loads((PARITY / f"keys_{file}.json").read_text())
+    (shapes,) = (keys for title, keys in lists.items() if title.split(" ")[0] == published)
+    torch.manual_seed(0)
+    state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    torch.save(state, tmp_path / "w.pth")
+    model = build_model(name, **config)
+    load_weights(model, tmp_path / "w.pth")
+    loaded = list(model.state_dict().values())
+    assert len(loaded) == len(state)
+    assert all(any(torch.equal(value, own) for own in loaded) for value in state.values())
+
+
+def test_a_foreign_classifier_is_ignored_whatever_its_layers(encoder: Encoder, tmp_path: Path) -> None:
+    torch.save({**weights(), "classifier.0.weight": torch.zeros(3, 4)}, tmp_path / "w.pth")
+    load_weights(encoder, tmp_path / "w.pth")
+    assert_loaded(encoder, weights())
+
+
 def test_a_hub_that_does_not_answer_is_said_clearly(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -288,6 +349,14 @@ def test_metadata_that_contradicts_the_weights_is_refused(
     save_file(weights(), tmp_path / "w.safetensors", {**info(mpp=0.5).to_metadata(), **change})
     with pytest.raises(ValueError, match=rf"w\.safetensors.*{sentence}"):
         load_weights(encoder, tmp_path / "w.safetensors")
+
+
+def test_a_head_that_is_left_out_is_no_damage(tmp_path: Path) -> None:
+    state = Classifier().state_dict()
+    save_file(state, tmp_path / "w.safetensors", WeightsInfo(weights_digest(state), mpp=0.5).to_metadata())
+    body = nn.ModuleDict({"body": nn.Linear(4, 4)})
+    assert load_weights(body, tmp_path / "w.safetensors").mpp == 0.5
+    assert torch.equal(body.state_dict()["body.weight"], state["body.weight"])
 
 
 def test_weights_of_another_position_rule_are_refused(tmp_path: Path) -> None:

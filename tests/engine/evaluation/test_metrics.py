@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ def test_concordance_counts_pairs_of_an_event_and_a_longer_time(seed: int) -> No
     rng = np.random.default_rng(seed)
     time, event, risk = rng.integers(1, 12, 40), rng.integers(2, size=40), rng.integers(6, size=40) / 3
     found = concordance_index(time, event, risk)
-    assert found == pytest.approx(slow_concordance(time, event, risk))
+    assert tuple(found) == pytest.approx(slow_concordance(time, event, risk))
     assert found.tied_time > 0
     assert found.tied_risk > 0
-    assert float(found) == found.cindex
+    assert found == found.cindex == found[0]
+    assert pickle.loads(pickle.dumps(found)).tied_time == found.tied_time
 
 
 def test_concordance_matches_the_published_code(published: Any) -> None:
@@ -55,14 +57,25 @@ def test_concordance_matches_the_published_code(published: Any) -> None:
     time = np.round(rng("evtime").uniform(1, 60, 30))
     censored = rng("cens").uniform(size=30) > 0.6
     found = concordance_index(time, ~censored, np.round(rng("risk").standard_normal(30), 1))
-    assert found == pytest.approx(published.arrays("metrics")["cindex.censored_tied1e-8"].tolist(), abs=1e-9)
+    assert tuple(found) == pytest.approx(published.arrays("metrics")["cindex.censored_tied1e-8"].tolist(), abs=1e-9)
+
+
+def test_concordance_is_a_number_that_can_be_bootstrapped() -> None:
+    rng = np.random.default_rng(0)
+    time, risk = rng.uniform(1, 9, 60), rng.normal(size=60)
+    event = np.ones(60)
+    draws = np.random.default_rng(1).integers(60, size=(50, 60))
+    values = [concordance_index(time[rows], event, risk[rows]) for rows in draws]
+    found = bootstrap(concordance_index, time, event, risk, resamples=50, seed=1)
+    assert (found.value, found.resamples) == (concordance_index(time, event, risk), 50)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
 
 def test_concordance_by_hand() -> None:
-    assert concordance_index([1, 2, 3], [1, 1, 0], [3, 2, 1]) == (1.0, 3, 0, 0, 0)
-    assert concordance_index([1, 2, 3], [1, 1, 0], [1, 2, 3]) == (0.0, 0, 3, 0, 0)
-    assert concordance_index([1, 1], [1, 0], [2, 1]) == (1.0, 1, 0, 0, 1)  # censored at the same time: longer
-    assert concordance_index([1, 1, 2], [1, 1, 0], [5, 5 + 1e-9, 5]) == (0.5, 0, 0, 2, 0)  # events at once: no pair
+    assert tuple(concordance_index([1, 2, 3], [1, 1, 0], [3, 2, 1])) == (1.0, 3, 0, 0, 0)
+    assert tuple(concordance_index([1, 2, 3], [1, 1, 0], [1, 2, 3])) == (0.0, 0, 3, 0, 0)
+    assert tuple(concordance_index([1, 1], [1, 0], [2, 1])) == (1.0, 1, 0, 0, 1)  # censored at the same time: longer
+    assert tuple(concordance_index([1, 1, 2], [1, 1, 0], [5, 5 + 1e-9, 5])) == (0.5, 0, 0, 2, 0)  # no pair of events
 
 
 @pytest.mark.parametrize(
@@ -160,8 +173,6 @@ def test_concordance_of_published_risks_is_the_published_one() -> None:
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    import pickle
-
     class Plain(pickle.Unpickler):
         """Lets numpy's arrays and numbers pass, and nothing else."""
 
