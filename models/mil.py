@@ -11,6 +11,7 @@ Shapes: B bags, N instances of the largest, M their width, D its width after emb
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def pad_bags(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return pad_sequence(list(bags), batch_first=True), mask_BN.to(bags[0].device)
 
 
-class BagModel(nn.Module):
+class BagModel(nn.Module, ABC):
     """A model over bags of embeddings, M wide."""
 
     def __init__(self, in_dim: int) -> None:
@@ -88,8 +89,9 @@ class BagModel(nn.Module):
         # Whatever lies in the padding, NaN included, must not meet the zero weights it gets.
         return bags.masked_fill(~mask.unsqueeze(-1), 0), mask
 
+    @abstractmethod
     def _outputs(self, bags_BNM: Tensor, mask_BN: Tensor) -> BagOutput:
-        raise NotImplementedError
+        """What `outputs` returns, for bags that are zero in the padding."""
 
 
 class AttentionPool(nn.Module):
