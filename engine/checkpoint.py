@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from sharding.atomic import TEMPORARY_PREFIX, fsync_folder
 
 _WEIGHTS = "model.safetensors"
+_AVERAGE = "ema.safetensors"
 _STATE = "state.pt"
 
+Describe = Callable[[Mapping[str, Tensor]], dict[str, str]]
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    *,
+    average: AveragedModel | None = None,
+    describe: Describe | None = None,
+) -> Path:
     """Write `checkpoints/step-NNNNNNNN/` and point `last` at it; returns the checkpoint's folder.
 
-    `state` holds tensors, numbers, strings, lists and dicts only, so that it loads with weights_only=True.
+    Args:
+        state: tensors, numbers, strings, lists and dicts only, so that it loads with weights_only=True.
+        average: written as ema.safetensors.
+        describe: the metadata of a file of weights, so that `models.load_weights` knows what it reads.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
-    # A copy each: safetensors refuses tensors that share memory, such as one parameter under two keys.
-    weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+    names = [_WEIGHTS, _STATE]
+    _write_weights(model, temporary / _WEIGHTS, describe)
+    if average is not None:
+        names.append(_AVERAGE)
+        _write_weights(average.module, temporary / _AVERAGE, describe)
+        state = state | {"averaged": int(average.n_averaged)}
     torch.save(state, temporary / _STATE)
-    for name in (_WEIGHTS, _STATE):
+    for name in names:
         with open(temporary / name, "rb") as file:
             os.fsync(file.fileno())
     fsync_folder(temporary)
@@ -39,6 +58,12 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any
     fsync_folder(folder.parent)
     _point(run / "last", folder)
     return folder
+
+
+def _write_weights(model: nn.Module, path: Path, describe: Describe | None) -> None:
+    # A copy each: safetensors refuses tensors that share memory, such as one parameter under two keys.
+    weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, path, metadata=describe(weights) if describe else {"format": "pt"})
 
 
 def _point(link: Path, folder: Path) -> None:
@@ -55,14 +80,18 @@ def last_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the weights into `model`, in place, and return the state, on the CPU.
+def load_checkpoint(folder: Path, model: nn.Module, average: AveragedModel | None = None) -> dict[str, Any]:
+    """Load the weights into `model` and `average`, in place, and return the state, on the CPU.
 
     Raises ValueError where the checkpoint does not fit the model.
     """
     try:
         model.load_state_dict(load_file(folder / _WEIGHTS))
+        if average is not None:
+            average.module.load_state_dict(load_file(folder / _AVERAGE))
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit the recipe's model: {' '.join(str(error).split())}") from None
     state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    if average is not None:
+        average.n_averaged.fill_(state["averaged"])
     return state

@@ -157,7 +157,7 @@ def train(
     def work() -> tuple[dict[str, Any], str]:
         from engine import train as verb
         from engine.config import apply_overrides, read_recipe
-        from engine.recipes import build_train_recipe
+        from engine.train_recipe import build_train_recipe
 
         resolved = build_train_recipe(apply_overrides(read_recipe("train", recipe), settings or []))
         result = verb.run(resolved, resume=resume)

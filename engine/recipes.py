@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.config import Recipe, UsageError, Verbatim, build, nearest, typed
+from engine.config import Recipe, Verbatim
 from engine.data.store import is_url
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, CropView, Triple, dino_views
-from engine.view_recipes import AugmentKeys, DinoRecipe, EctKeys, LocalityKeys
-from models.config import MODEL_CONFIGS
+from engine.objective_recipes import DinoRecipe, OptimRecipe, Patterns, SupervisedRecipe
+from engine.view_recipes import AugmentKeys, EctKeys, LocalityKeys
 from sharding.plan import ShardOptions
 
 
@@ -112,23 +112,6 @@ class ShardRecipe(Recipe):
         )
 
 
-class OptimRecipe(Recipe):
-    """AdamW and its schedule, in optimiser steps."""
-
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up; then a cosine")
-    weight_decay: float = Field(0.05, ge=0, description="none on biases and other 1-D parameters")
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = Field(1.0, gt=0, description="global gradient norm")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> OptimRecipe:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)}: expected two numbers from 0 to below 1")
-        return self
-
-
 class TrainRecipe(Recipe):
     """`engine train`: dataset to a run. `model.*` is checked against the model's own config."""
 
@@ -150,6 +133,12 @@ class TrainRecipe(Recipe):
     )
     run: Place = Field(description="folder of the run; made where it is missing")
     model: Any = Field(description="name and keys of a config in models.config")
+    objective: Literal["auto", "masked", "dino", "supervised"] = Field(
+        "auto",
+        description="auto is dino with views=dino, masked for models that mask, else supervised.label",
+    )
+    weights: Place | None = Field(None, description="checkpoint that the model starts from; null is random weights")
+    freeze: Patterns = Field((), description="patterns of names of parameters that do not learn, as [blocks.0.*]")
     steps: int = Field(ge=1, description="optimiser steps in all")
     batch_size: int = Field(64, ge=1, description="global, per optimiser step; divisible by the number of processes")
     views: Literal["crop", "twins", "dino"] = Field(
@@ -163,6 +152,7 @@ class TrainRecipe(Recipe):
     )
     augment: AugmentKeys = Field(None, description="its keys; views=dino brings its own")
     dino: DinoRecipe = DinoRecipe()
+    supervised: SupervisedRecipe = SupervisedRecipe()
     mean: Triple = Field(IMAGENET_MEAN, description="of red, green and blue in 0..1; images are (pixel - mean) / std")
     std: Triple = Field(IMAGENET_STD, description="of red, green and blue")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of process tokens that is masked")
@@ -173,7 +163,20 @@ class TrainRecipe(Recipe):
         None, description="folder on a local disk for what is read from an object store; null is below ~/.cache"
     )
     cache_gib: float = Field(16.0, ge=0, description="how much of the samples it keeps")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on a GPU, fp32 on the CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto is bf16 on a GPU, fp32 on the CPU"
+    )
+    accumulate: int = Field(1, ge=1, description="parts that a rank's batch is computed in, one after the other")
+    compile: bool = Field(False, description="torch.compile: slow to start, faster on a GPU")
+    checkpoint_activations: bool = Field(False, description="compute blocks twice: less memory, more time")
+    ema_momentum: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights too (ema.safetensors); null does not"
+    )
+    watch_every: int = Field(
+        50,
+        ge=1,
+        description="steps between looks at the features (spread, RankMe), in steps that are logged",
+    )
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
     optim: OptimRecipe = OptimRecipe()
@@ -191,7 +194,9 @@ class TrainRecipe(Recipe):
         if self.views == "dino" and (self.augment is not None or not self.flips):
             raise ValueError("views=dino brings its own flips and augmentations: leave out flips and augment")
         if self.views != "dino" and self.dino != DinoRecipe():
-            raise ValueError(f"dino.* with views={self.views}: only views=dino has small crops")
+            raise ValueError(f"dino.* with views={self.views}: only views=dino has large and small crops")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate={self.accumulate}: more parts than batch_size={self.batch_size} samples")
         self.crop_views()
         return self
 
@@ -199,8 +204,7 @@ class TrainRecipe(Recipe):
         """What the loader delivers of each sample."""
         mean, std, ect = self.mean, self.std, self.ect.made() if self.ect else None
         if self.views == "dino":
-            options = dict(self.dino)
-            return dino_views(self.crop_px, options.pop("small_px"), ect=ect, mean=mean, std=std, **options)
+            return dino_views(self.crop_px, self.dino.small_px, ect=ect, mean=mean, std=std, **self.dino.view_options())
         augment = self.augment.made() if self.augment else None
         view = CropView(
             self.crop_px, flips=self.flips, rotations=self.rotations, ect=ect, augment=augment, mean=mean, std=std
@@ -216,35 +220,3 @@ class TrainRecipe(Recipe):
     def cache_bytes(self) -> int:
         """`cache_gib` in bytes."""
         return int(self.cache_gib * 2**30)
-
-
-def build_train_recipe(values: dict[str, Any]) -> TrainRecipe:
-    """Validate a train recipe, `model.*` against the named model's config; its img_size is crop_px."""
-    values = typed(TrainRecipe, values)
-    model = values.get("model")
-    if not isinstance(model, dict) or "name" not in model:
-        raise UsageError("the key 'model.name' is missing: give it as model.name=vittm_hmr.")
-    options = {key: value for key, value in model.items() if key != "name"}
-    name = model["name"]
-    if name not in MODEL_CONFIGS:
-        raise UsageError(f"model.name={name}: there is no such model{nearest(str(name), list(MODEL_CONFIGS))}")
-    crop_px = values.get("crop_px", TrainRecipe.model_fields["crop_px"].default)
-    if options.setdefault("img_size", crop_px) != crop_px:
-        raise UsageError(
-            f"model.img_size={options['img_size']} with crop_px={crop_px}: the model sees the crop, so they are equal."
-        )
-    known = list(MODEL_CONFIGS[name].model_fields)
-    for key in options:
-        if key not in known:
-            raise UsageError(f"unknown key 'model.{key}'{nearest(str(key), known)}")
-    recipe = build(TrainRecipe, values)
-    if recipe.views == "dino":
-        raise UsageError(f"views=dino with model.name={name}: it is trained on one crop of a sample, not on several.")
-    config: Any = build(MODEL_CONFIGS[name], options, prefix="model.")
-    if not hasattr(config, "num_noise"):
-        raise UsageError(f"model.name={name}: engine train has no objective for it; it masks images and predicts them.")
-    tokens = config.num_process
-    if int(tokens * (1 - recipe.mask_ratio)) < 1:
-        raise UsageError(f"mask_ratio={recipe.mask_ratio:g} leaves none of {tokens} process tokens visible; lower it.")
-    resolved = {"name": name, **config.model_dump(mode="json")}
-    return recipe.model_copy(update={"model": resolved})

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 _PR_SET_PDEATHSIG = 1
+_DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +25,28 @@ class Runtime:
     """`device` is `cuda:N` or `cpu`; `dtype_name` is the autocast dtype, `float32` for none."""
 
     device: str
-    dtype_name: Literal["float32", "bfloat16"]
+    dtype_name: Literal["float32", "bfloat16", "float16"]
     rank: int
     local_rank: int
     world_size: int
 
     @classmethod
-    def detect(cls, precision: Literal["auto", "fp32", "bf16"] = "auto") -> Runtime:
+    def detect(cls, precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto") -> Runtime:
         """Read the ranks that torchrun or SLURM gave, and take the GPU that belongs to the local rank."""
         import torch
 
         rank, local_rank, world_size = ranks_from_environment() or (0, 0, 1)
         cuda = torch.cuda.is_available()
         device = f"cuda:{local_rank % torch.cuda.device_count()}" if cuda else "cpu"
-        bf16 = precision == "bf16" or (precision == "auto" and cuda)
-        return cls(device, "bfloat16" if bf16 else "float32", rank, local_rank, world_size)
+        wanted = ("bf16" if cuda else "fp32") if precision == "auto" else precision
+        return cls(device, _DTYPES[wanted], rank, local_rank, world_size)
 
     @property
     def dtype(self) -> torch.dtype:
         import torch
 
-        return torch.bfloat16 if self.dtype_name == "bfloat16" else torch.float32
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def is_main(self) -> bool:

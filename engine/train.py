@@ -19,8 +19,6 @@ from engine.rundir import prepare_run, read_metrics
 from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
 from sharding.lock import folder_lock
 
-# Draws of the mask, beside those of the loader's views, which are numbered from 0.
-_MASK_DRAWS = 1 << 20
 _MEAN_OF = 5
 
 
@@ -37,6 +35,10 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     }
     if recipe.cache is not None:
         places["cache"] = recipe.cache.expanduser().resolve()
+    if recipe.weights is not None:
+        places["weights"] = recipe.weights.expanduser().resolve()
+        if not places["weights"].is_file():
+            raise UsageError(f"weights={recipe.weights}: there is no such file.")
     recipe = recipe.model_copy(update=places)
     _check_datasets(recipe)
     given = ranks_from_environment()
@@ -62,6 +64,10 @@ def _check_datasets(recipe: TrainRecipe) -> None:
         selection = select(datasets, where=recipe.where, by=recipe.balance)
         if recipe.balance is not None:
             class_shares(selection.labels, recipe.balance_weights)
+        if recipe.objective == "supervised":
+            from engine.objectives.supervised import labels_of
+
+            labels_of(recipe)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -134,18 +140,16 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
     import torch
 
     from engine.data import Balance, open_loader
+    from engine.objectives import make_objective
     from engine.runtime import Runtime
     from engine.trainer import process_group, train
-    from models import build_model
 
     runtime = Runtime.detect(recipe.precision)
     if runtime.world_size > 1:
         torch.set_num_threads(max(1, usable_cores() // runtime.world_size))
         # A 1x1 convolution's gradient has two equally valid stride orders; DDP warns on every rank about it.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    torch.manual_seed(recipe.seed)
-    options = {key: value for key, value in recipe.model.items() if key != "name"}
-    model = build_model(recipe.model["name"], **options)
+    objective = make_objective(recipe)
     with process_group(runtime):
         if runtime.world_size > 1:
             torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
@@ -166,7 +170,8 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
             cache_bytes=recipe.cache_bytes,
         )
         with loader:
-            start, seen, replaced = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)
+            objective.mpp = loader.mpp
+            start, seen, replaced = train(recipe, runtime, objective, loader)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),
@@ -184,23 +189,6 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _hmr_objective(recipe: TrainRecipe, model: Any) -> Any:
-    import torch
-
-    from engine.data.draws import uniforms
-
-    numbers = model.config.num_noise
-
-    def objective(parallel: Any, batch: Any, positions: Any) -> dict[str, torch.Tensor]:
-        images = batch.images[0]
-        draws = uniforms(recipe.seed, positions, _MASK_DRAWS, numbers)
-        noise = torch.from_numpy(draws).to(images.device, torch.float32)
-        values = parallel(images, mask_ratio=recipe.mask_ratio, noise=noise)
-        return {name: value for name, value in values.items() if value.ndim == 0}
-
-    return objective
 
 
 def describe(result: dict[str, Any]) -> str:

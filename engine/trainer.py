@@ -6,36 +6,45 @@ and of stream positions, so the state of a run is its weights, its optimiser and
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from engine.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from engine.console import progress
 from engine.data.batches import PatchBatch
 from engine.data.opening import StreamLoader
-from engine.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.objectives import Objective
+from engine.optim import Schedules, clip, make_average, make_optimizer
 from engine.recipes import TrainRecipe
-from engine.rundir import METRICS, step_of
+from engine.rundir import step_of
 from engine.runtime import Runtime
+from engine.train_log import TrainLog
+from engine.watching import watch_features
 
-# (model, batch, positions of the batch's samples in the stream) -> scalars; "loss" is what is minimised.
-Objective = Callable[[nn.Module, PatchBatch, npt.NDArray[np.int64]], dict[str, Tensor]]
+_MOST_SKIPPED = 50  # steps in a row that a scaler may skip before the run stops
 
 
-def train(
-    recipe: TrainRecipe, runtime: Runtime, model: nn.Module, objective: Objective, loader: StreamLoader
-) -> tuple[int, int, int]:
+@dataclass(slots=True)
+class _Parts:
+    """What a run's state is made of, beside the loader."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+
+
+def train(recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: StreamLoader) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
     Every rank calls this. Returns (step it started from, samples seen, bad samples replaced in the whole run), the last
@@ -43,60 +52,165 @@ def train(
     Raises RuntimeError where the loss is not finite.
     """
     device = torch.device(runtime.device)
-    model.to(device)
-    optimizer = make_optimizer(model, recipe.optim)
-    start, replaced_before = _restore(recipe.run, model, optimizer, loader)
+    model = objective.model.to(device)
+    if device.type == "cuda":
+        model = objective.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    parts = _Parts(
+        model,
+        make_optimizer(model, recipe.optim),
+        torch.amp.GradScaler(device.type, enabled=runtime.dtype_name == "float16"),
+        make_average(model, recipe.ema_momentum),
+    )
+    start, replaced_before = _restore(recipe.run, parts, loader)
     replaced = replaced_before
-    parallel = _parallel(model, runtime)
-    share = recipe.batch_size // runtime.world_size
-    if runtime.world_size > 1 and start < recipe.steps:
-        _settle_buckets(parallel, objective, loader, recipe, runtime)
+    if recipe.compile:
+        objective.compile()
     model.train()
-    # Not every model has one: whatever follows the weights without gradients, such as a teacher, moves here.
-    after_step: Callable[[int, int], None] | None = getattr(model, "after_step", None)
-    steps = range(start, recipe.steps)
-    with _Log(recipe, runtime, start) as log:
-        for step in steps:
+    parallel = _parallel(model, runtime)
+    stepper = _Stepper(recipe, runtime, objective, parallel, parts)
+    if runtime.world_size > 1 and start < recipe.steps:
+        stepper.settle_buckets(loader)
+    share = recipe.batch_size // runtime.world_size
+    with TrainLog(recipe, runtime, start) as log:
+        for step in range(start, recipe.steps):
             began = time.monotonic()
             batch = next(loader)
             waited = time.monotonic() - began
             first = loader.seen - recipe.batch_size + runtime.rank * share
-            rate = learning_rate(step, recipe.steps, recipe.optim)
-            set_learning_rate(optimizer, rate)
-            with torch.autocast(device.type, dtype=runtime.dtype, enabled=runtime.dtype_name != "float32"):
-                values = objective(parallel, batch, np.arange(first, first + share))
-            values["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
-            saved = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps
-            logged = (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps
+            last_step = step + 1 == recipe.steps
+            saved = (step + 1) % recipe.checkpoint_every == 0 or last_step
+            logged = (step + 1) % recipe.log_every == 0 or last_step
+            rate, values, features = stepper.gradients(batch, np.arange(first, first + share), step)
             # Looking at the loss waits for the GPU, so it is done where it is shown, and before it is kept.
-            means = _mean_over_ranks({**values, "grad_norm": norm}, runtime) if logged or saved else {}
-            if means and not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
-                raise RuntimeError(
-                    f"the loss is {means['loss']} at step {step + 1} (learning rate {rate:.3g}, gradient norm "
-                    f"{means['grad_norm']:.3g}): lower optim.lr and start anew; to go on from an earlier checkpoint, "
-                    f"remove the later ones from {recipe.run / 'checkpoints'}"
-                )
-            if means and recipe.bad_samples == "replace":
-                replaced = replaced_before + _sum_over_ranks(len(loader.replacements), runtime)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if after_step is not None:
-                after_step(step + 1, recipe.steps)
+            means = _mean_over_ranks(values, runtime) if logged or saved else {}
+            if means:
+                stepper.check_finite(means, step, rate)
+                if recipe.bad_samples == "replace":
+                    replaced = replaced_before + _sum_over_ranks(len(loader.replacements), runtime)
+                if runtime.is_main and features is not None and ((step + 1) % recipe.watch_every == 0 or last_step):
+                    means |= watch_features(features)
+            stepper.update(step)
             counts = {"seen": loader.seen, "replaced": replaced}
             log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
-                _save(recipe, runtime, step + 1, model, optimizer, loader, replaced)
+                _save(recipe, runtime, step + 1, parts, objective, loader, replaced)
     return start, loader.seen, replaced
 
 
-def _restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: StreamLoader) -> tuple[int, int]:
+class _Stepper:
+    """One optimiser step, in its two halves: up to the gradients, and what is made of them."""
+
+    def __init__(
+        self, recipe: TrainRecipe, runtime: Runtime, objective: Objective, parallel: nn.Module, parts: _Parts
+    ) -> None:
+        self._recipe, self._runtime = recipe, runtime
+        self._objective, self._parallel, self._parts = objective, parallel, parts
+        self._schedules = Schedules(recipe.optim, recipe.steps)
+        self._skipped = 0
+
+    def gradients(
+        self, batch: PatchBatch, positions: np.ndarray[Any, np.dtype[np.int64]], step: int
+    ) -> tuple[float, dict[str, Tensor], Tensor | None]:
+        """Clipped gradients of a batch: (learning rate, scalars of this rank, features to watch).
+
+        A batch in parts has each part's loss weighted by its share of samples, so that parts may differ in size.
+        """
+        recipe, runtime, parts = self._recipe, self._runtime, self._parts
+        rate = self._schedules.apply(parts.optimizer, step)
+        values: dict[str, Tensor] = {}
+        features: list[Tensor] = []
+        pieces = np.array_split(np.arange(len(positions)), min(recipe.accumulate, len(positions)))
+        for number, piece in enumerate(pieces):
+            last = number + 1 == len(pieces)
+            # Whatever a model draws by itself (stochastic depth, dropout) follows from seed, step, rank and part too.
+            torch.manual_seed(_seed_of(recipe.seed, step, runtime.rank, number))
+            whole = len(pieces) == 1
+            part = batch if whole else _part(batch, slice(int(piece[0]), int(piece[-1]) + 1))
+            with self._without_sync(not last):
+                with torch.autocast(
+                    torch.device(runtime.device).type, runtime.dtype, enabled=runtime.dtype_name != "float32"
+                ):
+                    found = self._objective.loss(self._parallel, part, positions[piece], step, last=last)
+                watched = found.pop("features", None)
+                if watched is not None:
+                    features.append(watched)
+                weight = len(piece) / len(positions)
+                parts.scaler.scale(found["loss"] if whole else found["loss"] * weight).backward()
+            for name, value in found.items():
+                weighed = value.detach().float() * weight
+                values[name] = values[name] + weighed if name in values else weighed
+        parts.scaler.unscale_(parts.optimizer)
+        values["grad_norm"] = clip(parts.model, recipe.optim)
+        return rate, values, torch.cat(features) if features else None
+
+    def _without_sync(self, wanted: bool) -> AbstractContextManager[None]:
+        """Leave the ranks' gradients apart until the batch's last part."""
+        parallel = self._parallel
+        return parallel.no_sync() if wanted and isinstance(parallel, DistributedDataParallel) else nullcontext()
+
+    def check_finite(self, means: dict[str, float], step: int, rate: float) -> None:
+        """Raise RuntimeError where the loss is not finite, or gradients have not been for long."""
+        finite = math.isfinite(means["grad_norm"])
+        # With fp16 the scaler skips such a step and lowers its factor.
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._parts.scaler.is_enabled():
+            means["loss_scale"] = self._parts.scaler.get_scale()
+            finite = self._skipped < _MOST_SKIPPED
+        if math.isfinite(means["loss"]) and finite:
+            return
+        raise RuntimeError(
+            f"the loss is {means['loss']} at step {step + 1} (learning rate {rate:.3g}, gradient norm "
+            f"{means['grad_norm']:.3g}): lower optim.lr and start anew; to go on from an earlier checkpoint, "
+            f"remove the later ones from {self._recipe.run / 'checkpoints'}"
+        )
+
+    def update(self, step: int) -> None:
+        """Step the optimiser, and whatever follows the weights."""
+        parts = self._parts
+        self._objective.before_step(step)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        self._objective.after_step(step + 1, self._recipe.steps)
+        if parts.average is not None:
+            parts.average.update_parameters(parts.model)
+
+    def settle_buckets(self, loader: StreamLoader) -> None:
+        """One backward pass that changes nothing, right after wrapping.
+
+        DDP orders its buckets anew after the first backward, which changes the order of sums with three and more ranks;
+        a resumed run would then differ from an uninterrupted one in the last bits of its first step.
+        """
+        share = self._recipe.batch_size // self._runtime.world_size
+        kept = [buffer.clone() for buffer in self._parts.model.buffers()]
+        images = [
+            torch.zeros((share, 3, view.size_px, view.size_px), device=self._runtime.device) for view in loader.views
+        ]
+        batch = PatchBatch(images, torch.zeros(share, dtype=torch.int64), np.zeros(share, np.uint64))
+        values = self._objective.loss(self._parallel, batch, np.arange(share), 0, last=True)
+        values["loss"].backward()
+        self._parallel.zero_grad(set_to_none=True)
+        for buffer, before in zip(self._parts.model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+
+
+def _seed_of(seed: int, step: int, rank: int, part: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _part(batch: PatchBatch, piece: slice) -> PatchBatch:
+    images = [images[piece] for images in batch.images]
+    return replace(batch, images=images, rows=batch.rows[piece], sample_ids=batch.sample_ids[piece])
+
+
+def _restore(run: Path, parts: _Parts, loader: StreamLoader) -> tuple[int, int]:
     """Return the step of the run's last checkpoint and the samples replaced until then; 0 and 0 without one."""
     checkpoint = last_checkpoint(run)
     if checkpoint is None:
         return 0, 0
-    state = load_checkpoint(checkpoint, model)
-    optimizer.load_state_dict(state["optimizer"])
+    state = load_checkpoint(checkpoint, parts.model, parts.average)
+    parts.optimizer.load_state_dict(state["optimizer"])
+    parts.scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"])
     return step_of(checkpoint), int(state["replaced"])
 
@@ -105,8 +219,8 @@ def _save(
     recipe: TrainRecipe,
     runtime: Runtime,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    parts: _Parts,
+    objective: Objective,
     loader: StreamLoader,
     replaced: int,
 ) -> None:
@@ -115,11 +229,12 @@ def _save(
             "step": step,
             "seen": loader.seen,
             "replaced": replaced,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "scaler": parts.scaler.state_dict(),
             "loader": loader.state_dict(),
             "world_size": runtime.world_size,
         }
-        save_checkpoint(recipe.run, step, model, state)
+        save_checkpoint(recipe.run, step, parts.model, state, average=parts.average, describe=objective.describe)
     if runtime.world_size > 1:
         torch.distributed.barrier()
 
@@ -129,22 +244,6 @@ def _parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
         return model
     device = torch.device(runtime.device)
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-
-def _settle_buckets(
-    parallel: nn.Module, objective: Objective, loader: StreamLoader, recipe: TrainRecipe, runtime: Runtime
-) -> None:
-    """One backward pass that changes nothing, right after wrapping.
-
-    DDP orders its buckets anew after the first backward, which changes the order of sums with three and more ranks; a
-    resumed run would then differ from an uninterrupted one in the last bits of its first step.
-    """
-    share = recipe.batch_size // runtime.world_size
-    images = [torch.zeros((share, 3, view.size_px, view.size_px), device=runtime.device) for view in loader.views]
-    rows = torch.zeros(share, dtype=torch.int64)
-    batch = PatchBatch(images, rows, np.zeros(share, np.uint64))
-    objective(parallel, batch, np.arange(share))["loss"].backward()
-    parallel.zero_grad(set_to_none=True)
 
 
 def _mean_over_ranks(values: dict[str, Tensor], runtime: Runtime) -> dict[str, float]:
@@ -164,65 +263,7 @@ def _sum_over_ranks(count: int, runtime: Runtime) -> int:
     return int(total)
 
 
-class _Log:
-    """metrics.jsonl, TensorBoard and the progress line, written by rank 0 alone."""
-
-    def __init__(self, recipe: TrainRecipe, runtime: Runtime, start: int) -> None:
-        self._recipe = recipe
-        self._main = runtime.is_main
-        self._start = start
-        self._stack = contextlib.ExitStack()
-        self._waited = self._total = 0.0
-        self._steps = 0
-
-    def __enter__(self) -> _Log:
-        if self._main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._file = self._stack.enter_context(open(self._recipe.run / METRICS, "a", encoding="utf-8"))
-            # purge_step hides what an interrupted run logged beyond the checkpoint that this one goes on from.
-            folder = str(self._recipe.run / "tensorboard")
-            self._board = self._stack.enter_context(SummaryWriter(folder, purge_step=self._start + 1))
-            total = self._recipe.steps - self._start
-            self._advance = self._stack.enter_context(progress("train", total, "steps"))
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._stack.close()
-
-    def step(
-        self, step: int, means: dict[str, float], rate: float, counts: dict[str, int], waited: float, total: float
-    ) -> None:
-        """Note one step; `means` is empty for a step that is not logged. Times in seconds, this rank's."""
-        if not self._main:
-            return
-        self._waited += waited
-        self._total += total
-        self._steps += 1
-        if not means:
-            self._advance(1, "")
-            return
-        speed = self._steps * self._recipe.batch_size / max(self._total, 1e-9)
-        share = self._waited / max(self._total, 1e-9)
-        self._waited = self._total = 0.0
-        self._steps = 0
-        line = {"step": step, **_rounded(means), "lr": rate, **counts}
-        line |= {"samples_per_s": round(speed, 2), "data_wait": round(share, 4)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
-        note = f"loss {means['loss']:.4f}  {speed:.0f} samples/s  waiting for data {100 * share:.0f} %"
-        self._advance(1, note)
-
-
-def _rounded(means: dict[str, float]) -> dict[str, float]:
-    # Losses keep all their digits: two runs are compared by them.
-    return {name: value if name == "loss" else float(f"{value:.6g}") for name, value in means.items()}
-
-
-@contextlib.contextmanager
+@contextmanager
 def process_group(runtime: Runtime) -> Iterator[None]:
     """Join the ranks that torchrun started: NCCL on GPUs, gloo on the CPU. One rank alone needs none."""
     if runtime.world_size == 1:

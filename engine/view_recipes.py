@@ -59,14 +59,6 @@ class AugmentRecipe(Recipe):
         return Augment(**dict(self))
 
 
-class DinoRecipe(Recipe):
-    """What views=dino has beside its two large crops of crop_px."""
-
-    small_px: int = Field(96, ge=16, description="side of a small crop")
-    num_small: int = Field(8, ge=0, description="small crops of each sample")
-    solarise: float = Field(0.2, ge=0, le=1, description="probability in the second large crop")
-
-
 class LocalityRecipe(Recipe):
     """An order for storage without fast random reads."""
 

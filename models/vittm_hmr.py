@@ -272,6 +272,7 @@ class ViTTMHMR(HMREncoder):
             loss: float32 scalar, minus the mean cosine, over hidden positions (repaired, when any is hidden) or all.
             prediction: float32 [B, T, C], row-major, T = (img_size/memory_patch)^2.
             target: float32 [B, T, C], without gradient.
+            features: float [B, D] without gradient, the mean of the normalised process tokens, hidden ones included.
             constant_cosine, image_constant_cosine: float32 scalars without gradient, the cosine that the best constant
                 (for the batch, for each image) reaches at the same positions. Compare with -loss.
 
@@ -280,7 +281,8 @@ class ViTTMHMR(HMREncoder):
         """
         self._check_images(images)
         hidden_BN = masked_tokens(checked_noise(noise, images, self.config.num_noise), mask_ratio)
-        prediction_BTC = self._decode(self._encode(images, hidden_BN))
+        process_BND = self._encode(images, hidden_BN)
+        prediction_BTC = self._decode(process_BND)
         target_BTC = self._targets(images)
         on_all = self.original or num_visible(self.config.num_process, mask_ratio) == self.config.num_process
         where_BT = None if on_all else masked_targets(hidden_BN, self.config.ratio)
@@ -288,6 +290,7 @@ class ViTTMHMR(HMREncoder):
             "loss": negative_cosine(prediction_BTC, target_BTC, where_BT),
             "prediction": prediction_BTC,
             "target": target_BTC,
+            "features": process_BND.detach().mean(dim=1),
             "constant_cosine": constant_cosine(target_BTC, where_BT),
             "image_constant_cosine": constant_cosine(target_BTC, where_BT, per="image"),
         }

@@ -82,6 +82,7 @@ class ViTTMMAE(ViTTMTrunk):
                 where it hides none).
             constant_loss: float32 scalar without gradient, what `loss` is where each stream predicts its best constant.
             memory_prediction, memory_target: float32 [B, M, 3 * memory_patch^2].
+            features: float [B, D] without gradient, the mean of the visible process tokens.
             process_prediction, process_target: float32 [B, N, 3 * process_patch^2].
 
         Raises:
@@ -99,6 +100,7 @@ class ViTTMMAE(ViTTMTrunk):
         values = {
             "memory_prediction": self.memory_decoder(self.memory_norm(memory_BVD), ids["memory"]),
             "process_prediction": self.process_decoder(process_BVD, ids["process"]),
+            "features": process_BVD.detach().mean(dim=1),
         }
         constant = torch.zeros((), device=images.device)
         for stream, patch_px in (("memory", self.config.memory_patch), ("process", self.config.process_patch)):

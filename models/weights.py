@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.weights_info import WeightsInfo, weights_digest
+from models.weights_info import PREFIX, WeightsInfo, weights_digest
 
 # In this order: a DINO checkpoint holds a teacher and a student, and the teacher is the one to use.
 WRAPPERS = ("model_state_dict", "state_dict", "model", "teacher", "student")
@@ -111,6 +111,9 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a file, or a model on the hub, without knowing the model; errors are those of `load_weights`."""
     content, metadata = _fetch(str(path)) if str(path).startswith(HUB) else _read(Path(path))
     state, wrapper = _unwrap(content, path)
+    if prefix := metadata.get(PREFIX):  # of a training run, which keeps a teacher's encoder among others
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        wrapper = prefix.removesuffix(".")
     try:
         return Checkpoint(state, wrapper, WeightsInfo.from_metadata(metadata))
     except ValueError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _MARK = "engine_weights"  # metadata of a safetensors file is ours where this key is
 _VERSION = "1"
+PREFIX = "engine_prefix"  # in the same metadata: the weights meant are those under this prefix, named without it
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,10 +65,17 @@ class StreamLoader(PatchLoader):
             read_ahead=read_ahead,
         )
         self._rows_identity = rows_identity
+        spacings = {dataset.meta["recipe"].get("mpp") for dataset in datasets}
+        self._mpp = spacings.pop() if len(spacings) == 1 else None
         self._bad_samples = bad_samples
         # By position and row; first those of batches that are prefetched.
         self._planned_replacements: dict[tuple[int, int], Replacement] = {}
         self._replacements: dict[tuple[int, int], Replacement] = {}
+
+    @property
+    def mpp(self) -> float | None:
+        """The spacing of all patches in um/px; None where they have their slides' own, or datasets differ."""
+        return self._mpp
 
     @property
     def replacements(self) -> list[Replacement]:

@@ -102,10 +102,14 @@ class MultiCropWrapper(nn.Module):
 
     def forward(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Views, each [B, ...], to [V * B, K] in the order given; consecutive views of one shape run as one batch."""
+        return self.head(self.features(views))
+
+    def features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
+        """The same views to the backbone's features [V * B, D]."""
         if isinstance(views, Tensor):
             views = [views]
         runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda view: view.shape[1:])]
-        return self.head(torch.cat([self.backbone(run) for run in runs]))
+        return torch.cat([self.backbone(run) for run in runs])
 
 
 class DINOLoss(nn.Module):
@@ -152,16 +156,20 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.teacher_temp = teacher_temp
         self.center_momentum = center_momentum
+        self.teacher_entropy: Tensor | None = None
+        self._held: list[Tensor] = []  # sums of teacher scores, and how many, of parts whose centre has not moved
         self._warmup_temps = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs).tolist()
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student_out: Tensor, teacher_out: Tensor, epoch: int) -> Tensor:
-        """The loss, a float32 scalar; moves the centre.
+    def forward(self, student_out: Tensor, teacher_out: Tensor, epoch: int, *, move_center: bool = True) -> Tensor:
+        """The loss, a float32 scalar; moves the centre, and notes the mean entropy (nats) of q in `teacher_entropy`.
 
         Args:
             student_out: scores [V * B, K], view by view.
             teacher_out: scores [2 * B, K] of the first two views; no gradient flows into them.
             epoch: for the teacher's temperature.
+            move_center: False for each part but the last of a batch that is computed in parts: the centre then moves
+                once, by the mean over all parts.
 
         Raises:
             ValueError: numbers of rows that do not belong together, or an epoch outside [0, n_epochs).
@@ -179,7 +187,8 @@ class DINOLoss(nn.Module):
         q_2BK = sharpened.softmax(dim=-1).unflatten(0, (2, -1))
         others_2BK = log_p_VBK.sum(dim=0) - log_p_VBK[:2]  # for each teacher's view, all of the student's but this one
         loss = -(q_2BK * others_2BK).sum() / (others_2BK.shape[1] * 2 * (self.n_crops - 1))
-        self._move_center(teacher_out)
+        self.teacher_entropy = torch.special.entr(q_2BK).sum(dim=-1).mean()
+        self._note_scores(teacher_out, move_center)
         return loss
 
     def temperature_at(self, epoch: int) -> float:
@@ -189,11 +198,16 @@ class DINOLoss(nn.Module):
         return self._warmup_temps[epoch] if epoch < len(self._warmup_temps) else self.teacher_temp
 
     @torch.no_grad()
-    def _move_center(self, teacher_out: Tensor) -> None:
-        mean_1K = teacher_out.mean(dim=0, keepdim=True)
+    def _note_scores(self, teacher_out: Tensor, move_center: bool) -> None:
+        rows = teacher_out.new_full((1, 1), len(teacher_out))
+        self._held.append(torch.cat([teacher_out.sum(dim=0, keepdim=True), rows], dim=1))
+        if not move_center:
+            return
+        total_1X = torch.stack(self._held).sum(dim=0)
+        self._held.clear()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean_1K)
-            mean_1K /= torch.distributed.get_world_size()
+            torch.distributed.all_reduce(total_1X)
+        mean_1K = total_1X[:, :-1] / total_1X[:, -1:]
         self.center.lerp_(mean_1K.to(self.center.dtype), 1 - self.center_momentum)
 
 
@@ -229,9 +243,18 @@ class DINO(nn.Module):
         teacher.load_state_dict(student.state_dict())
         teacher.requires_grad_(False)
 
-    def forward(self, views: Sequence[Tensor], epoch: int) -> dict[str, Tensor]:
-        """{"loss": float32 scalar} of views [B, ...] each, the two global ones first. Moves the centre."""
-        return {"loss": self.loss(self.student(views), self.teacher(views[:2]), epoch)}
+    def forward(self, views: Sequence[Tensor], epoch: int, *, move_center: bool = True) -> dict[str, Tensor]:
+        """Student and teacher on views [B, ...] each, the two global ones first. Moves the centre, see `DINOLoss`.
+
+        Returns:
+            loss: float32 scalar.
+            teacher_entropy: float32 scalar without gradient, nats, of the teacher's sharpened scores: 0 where one
+                prototype takes all, log K where all are alike.
+            features: float [2 * B, D] without gradient, the teacher's.
+        """
+        features_VD = self.teacher.features(views[:2])
+        loss = self.loss(self.student(views), self.teacher.head(features_VD), epoch, move_center=move_center)
+        return {"loss": loss, "teacher_entropy": self.loss.teacher_entropy, "features": features_VD.detach()}
 
     def after_backward(self, epoch: int) -> dict[str, Tensor]:
         """Prepare the gradients for the optimiser; returns their norms as `clip_gradients` does."""

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from engine.config import UsageError, apply_overrides, build, dump, nearest, read_recipe, shipped_recipes
-from engine.recipes import OptimRecipe, ShardRecipe, TrainRecipe, build_train_recipe
+from engine.objective_recipes import OptimRecipe
+from engine.recipes import ShardRecipe, TrainRecipe
+from engine.train_recipe import build_train_recipe
 
 NEEDED = ["slides=s", "out=o"]
 

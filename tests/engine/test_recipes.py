@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from engine.config import UsageError, build, section
 from engine.keys import describe_keys
-from engine.recipes import ShardRecipe, TrainRecipe, build_train_recipe
+from engine.recipes import ShardRecipe, TrainRecipe
+from engine.train_recipe import build_train_recipe
 from models.config import MODEL_CONFIGS
 
 

@@ -14,9 +14,10 @@ import tifffile
 
 from engine import shard
 from engine.config import UsageError, apply_overrides, build
-from engine.recipes import ShardRecipe, build_train_recipe
+from engine.recipes import ShardRecipe
 from engine.rundir import prepare_run
 from engine.slide_list import list_slides
+from engine.train_recipe import build_train_recipe
 from sharding import stage
 from sharding.slide import dicom_series
 
