@@ -20,32 +20,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from engine.checkpoint import checkpoint_folder, last_checkpoint, load_checkpoint, step_of
 from engine.console import progress
 from engine.data.batches import PatchBatch
 from engine.data.opening import StreamLoader
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.recipes import TrainRecipe
-from engine.rundir import METRICS, step_of
+from engine.rundir import METRICS
 from engine.runtime import Runtime
+from engine.saving import Checkpoints
+from engine.stopping import Agreement, Stopped, StopRequest
 
 # (model, batch, positions of the batch's samples in the stream) -> scalars; "loss" is what is minimised.
 Objective = Callable[[nn.Module, PatchBatch, npt.NDArray[np.int64]], dict[str, Tensor]]
 
 
 def train(
-    recipe: TrainRecipe, runtime: Runtime, model: nn.Module, objective: Objective, loader: StreamLoader
+    recipe: TrainRecipe,
+    runtime: Runtime,
+    model: nn.Module,
+    objective: Objective,
+    loader: StreamLoader,
+    request: StopRequest,
 ) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
     Every rank calls this. Returns (step it started from, samples seen, bad samples replaced in the whole run), the last
     two of all ranks together.
-    Raises RuntimeError where the loss is not finite.
+    Raises RuntimeError where the loss is not finite, and Stopped, once the run is saved, after a `request` to stop.
     """
     device = torch.device(runtime.device)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optim)
-    start, replaced_before = _restore(recipe.run, model, optimizer, loader)
+    agreement = Agreement(runtime, 2)
+    checkpoints = Checkpoints(recipe, runtime, loader.backend)
+    start, replaced_before = _restore(recipe.run, runtime, agreement, model, optimizer, loader, checkpoints)
     replaced = replaced_before
     parallel = _parallel(model, runtime)
     share = recipe.batch_size // runtime.world_size
@@ -67,7 +76,9 @@ def train(
                 values = objective(parallel, batch, np.arange(first, first + share))
             values["loss"].backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
-            saved = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps
+            stop, overdue = agreement.largest(request.number, checkpoints.is_overdue)
+            regular = checkpoints.is_regular(step + 1)
+            saved = regular or bool(stop or overdue)
             logged = (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps
             # Looking at the loss waits for the GPU, so it is done where it is shown, and before it is kept.
             means = _mean_over_ranks({**values, "grad_norm": norm}, runtime) if logged or saved else {}
@@ -77,6 +88,8 @@ def train(
                     f"{means['grad_norm']:.3g}): lower optim.lr and start anew; to go on from an earlier checkpoint, "
                     f"remove the later ones from {recipe.run / 'checkpoints'}"
                 )
+            if logged or regular:
+                checkpoints.observe(means)
             if means and recipe.bad_samples == "replace":
                 replaced = replaced_before + _sum_over_ranks(len(loader.replacements), runtime)
             optimizer.step()
@@ -86,23 +99,35 @@ def train(
             counts = {"seen": loader.seen, "replaced": replaced}
             log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
-                _save(recipe, runtime, step + 1, model, optimizer, loader, replaced)
+                _save(checkpoints, runtime, step + 1, model, optimizer, loader, replaced)
+            if stop and step + 1 < recipe.steps:
+                raise Stopped.by_signal(stop, step + 1, recipe.steps)
     return start, loader.seen, replaced
 
 
-def _restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: StreamLoader) -> tuple[int, int]:
+def _restore(
+    run: Path,
+    runtime: Runtime,
+    agreement: Agreement,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: StreamLoader,
+    checkpoints: Checkpoints,
+) -> tuple[int, int]:
     """Return the step of the run's last checkpoint and the samples replaced until then; 0 and 0 without one."""
-    checkpoint = last_checkpoint(run)
-    if checkpoint is None:
+    step = agreement.of_main(step_of(last_checkpoint(run)) if runtime.is_main else 0)
+    if step == 0:
         return 0, 0
-    state = load_checkpoint(checkpoint, model)
+    state = load_checkpoint(checkpoint_folder(run, step), model)
     optimizer.load_state_dict(state["optimizer"])
     loader.load_state_dict(state["loader"])
-    return step_of(checkpoint), int(state["replaced"])
+    if "checkpoints" in state:  # not in those of the first version
+        checkpoints.load_state_dict(state["checkpoints"])
+    return step, int(state["replaced"])
 
 
 def _save(
-    recipe: TrainRecipe,
+    checkpoints: Checkpoints,
     runtime: Runtime,
     step: int,
     model: nn.Module,
@@ -110,16 +135,15 @@ def _save(
     loader: StreamLoader,
     replaced: int,
 ) -> None:
-    if runtime.is_main:
-        state = {
-            "step": step,
-            "seen": loader.seen,
-            "replaced": replaced,
-            "optimizer": optimizer.state_dict(),
-            "loader": loader.state_dict(),
-            "world_size": runtime.world_size,
-        }
-        save_checkpoint(recipe.run, step, model, state)
+    state = {
+        "step": step,
+        "seen": loader.seen,
+        "replaced": replaced,
+        "optimizer": optimizer.state_dict(),
+        "loader": loader.state_dict(),
+        "world_size": runtime.world_size,
+    }
+    checkpoints.save(step, model, state)
     if runtime.world_size > 1:
         torch.distributed.barrier()
 
