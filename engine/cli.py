@@ -165,7 +165,7 @@ def train(
 
     from engine.runtime import ranks_from_environment
 
-    result, text, code = _guard(work, go_on="with --resume the run goes on from its last checkpoint")
+    result, text, code = _guard(work, go_on="`engine train ... --resume` goes on from the last checkpoint")
     # To torchrun and its like any exit code but 0 is a rank that failed.
     if code is Exit.DONE and result["replaced"] and ranks_from_environment() is None:
         code = Exit.QUARANTINED
@@ -367,8 +367,8 @@ def _guard(
 
     try:
         result, text = work()
-    except KeyboardInterrupt:
-        say(f"engine: interrupted; {go_on}")
+    except KeyboardInterrupt as stop:
+        say(f"engine: {str(stop) or 'interrupted'}; {go_on}")
         return {}, "", Exit.INTERRUPTED
     except Exception as error:
         found = sentence(error)
@@ -398,7 +398,8 @@ def main() -> None:
     if any(argument in ("-h", "--help", "--keys") for argument in sys.argv[1:]) or len(sys.argv) < 2:
         app()
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send either before they take the machine away
+        signal.signal(number, _interrupt)
     with own_stdout() as output:
         _outputs.append(output)
         app()

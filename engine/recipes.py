@@ -179,6 +179,15 @@ class TrainRecipe(Recipe):
     )
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="minutes without a checkpoint, at most, whatever the steps; null is no limit"
+    )
+    keep_last: int = Field(2, ge=1, description="the newest checkpoints, which stay; RUN/last is one")
+    keep_every: int | None = Field(None, ge=1, description="steps between checkpoints that stay for good; null is none")
+    best_of: Text | None = Field(
+        "loss", description="number in metrics.jsonl whose mean between checkpoints makes RUN/best; null is no best"
+    )
+    best_is: Literal["smallest", "largest"] = Field("smallest", description="which mean is the best")
     optim: OptimRecipe = OptimRecipe()
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from engine.data.weighted import class_shares
 from engine.recipes import TrainRecipe
 from engine.rundir import prepare_run, read_metrics
 from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
+from engine.stopping import SIGNALS, Stopped, StopRequest
 from sharding.lock import folder_lock
 
 _MEAN_OF = 5
@@ -26,8 +27,15 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Train and return {run, steps, start_step, samples_seen, replaced, loss_first, loss_last, checkpoint}.
 
     `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
-    Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
+    Raises UsageError before any process starts where recipe, dataset and run folder do not fit together, and Stopped
+    after SIGTERM or SIGUSR1, once the run is saved.
     """
+    request = StopRequest()
+    with request.on_signals():
+        return _run(recipe, resume, request)
+
+
+def _run(recipe: TrainRecipe, resume: bool, request: StopRequest) -> dict[str, Any]:
     datasets = tuple(each.expanduser().resolve() if isinstance(each, Path) else each for each in recipe.datasets)
     places: dict[str, Any] = {
         "dataset": datasets if len(datasets) > 1 else datasets[0],
@@ -43,7 +51,7 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     _check_datasets(recipe)
     given = ranks_from_environment()
     if given is not None:
-        return _as_given_rank(recipe, resume=resume, rank=given[0], world_size=given[2])
+        return _as_given_rank(recipe, request, resume=resume, rank=given[0], world_size=given[2])
     made = not recipe.run.exists()
     recipe.run.mkdir(parents=True, exist_ok=True)
     with folder_lock(recipe.run):
@@ -53,7 +61,7 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
             if made:
                 shutil.rmtree(recipe.run)
             raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {processes} processes.")
-        return train_rank(recipe) if processes == 1 else _launch(recipe, processes)
+        return train_rank(recipe, request) if processes == 1 else _launch(recipe, processes, request)
 
 
 def _check_datasets(recipe: TrainRecipe) -> None:
@@ -80,19 +88,24 @@ def _processes(recipe: TrainRecipe) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _as_given_rank(recipe: TrainRecipe, *, resume: bool, rank: int, world_size: int) -> dict[str, Any]:
+def _as_given_rank(
+    recipe: TrainRecipe, request: StopRequest, *, resume: bool, rank: int, world_size: int
+) -> dict[str, Any]:
     if recipe.batch_size % world_size:
         raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {world_size} processes.")
     if rank != 0:
-        return train_rank(recipe)
+        return train_rank(recipe, request)
     recipe.run.mkdir(parents=True, exist_ok=True)
     with folder_lock(recipe.run):
         prepare_run(recipe, resume=resume)
-        return train_rank(recipe)
+        return train_rank(recipe, request)
 
 
-def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
-    """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result."""
+def _launch(recipe: TrainRecipe, processes: int, request: StopRequest) -> dict[str, Any]:
+    """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result.
+
+    A signal reaches them through `request`: they stop by themselves, and the agent only waits for them.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -109,14 +122,18 @@ def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        shutdown_timeout=1,
     )
     try:
-        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe, os.getpid())
+        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe, os.getpid(), request)
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RuntimeError(f"rank {rank} failed: {_failure_text(failure)}") from None
+    if "stopped" in results[0]:
+        raise Stopped(results[0]["stopped"])
     return results[0]
 
 
@@ -128,14 +145,18 @@ def _failure_text(failure: Any) -> str:
     return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
 
 
-def _launched_rank(recipe: TrainRecipe, launcher_pid: int) -> dict[str, Any]:
+def _launched_rank(recipe: TrainRecipe, launcher_pid: int, request: StopRequest) -> dict[str, Any]:
     die_with_parent(launcher_pid)
-    # A terminal sends Ctrl-C to every process; the launcher alone answers it and ends its ranks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return train_rank(recipe)
+    # A terminal sends Ctrl-C to every process, and a scheduler its signals; the launcher alone answers them.
+    for number in (signal.SIGINT, *SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        return train_rank(recipe, request)
+    except Stopped as stopped:
+        return {"stopped": str(stopped)}
 
 
-def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
+def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
     import torch
 
@@ -171,7 +192,7 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
         )
         with loader:
             objective.mpp = loader.mpp
-            start, seen, replaced = train(recipe, runtime, objective, loader)
+            start, seen, replaced = train(recipe, runtime, objective, loader, request)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),

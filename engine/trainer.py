@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from engine.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from engine.checkpoint import checkpoint_folder, last_checkpoint, load_checkpoint, step_of
 from engine.data.batches import PatchBatch
 from engine.data.opening import StreamLoader
 from engine.objectives import Objective
 from engine.optim import Schedules, clip, make_average, make_optimizer
 from engine.recipes import TrainRecipe
-from engine.rundir import step_of
 from engine.runtime import Runtime
+from engine.saving import Checkpoints
+from engine.stopping import Agreement, Stopped, StopRequest
 from engine.train_log import TrainLog
 from engine.watching import watch_features
 
@@ -44,12 +45,14 @@ class _Parts:
     average: AveragedModel | None
 
 
-def train(recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: StreamLoader) -> tuple[int, int, int]:
+def train(
+    recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: StreamLoader, request: StopRequest
+) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
     Every rank calls this. Returns (step it started from, samples seen, bad samples replaced in the whole run), the last
     two of all ranks together.
-    Raises RuntimeError where the loss is not finite.
+    Raises RuntimeError where the loss is not finite, and Stopped, once the run is saved, after a `request` to stop.
     """
     device = torch.device(runtime.device)
     model = objective.model.to(device)
@@ -61,7 +64,9 @@ def train(recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: S
         torch.amp.GradScaler(device.type, enabled=runtime.dtype_name == "float16"),
         make_average(model, recipe.ema_momentum),
     )
-    start, replaced_before = _restore(recipe.run, parts, loader)
+    agreement = Agreement(runtime, 2)
+    checkpoints = Checkpoints(recipe, runtime, loader.backend)
+    start, replaced_before = _restore(recipe.run, runtime, agreement, parts, loader, checkpoints)
     replaced = replaced_before
     if recipe.compile:
         objective.compile()
@@ -78,13 +83,17 @@ def train(recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: S
             waited = time.monotonic() - began
             first = loader.seen - recipe.batch_size + runtime.rank * share
             last_step = step + 1 == recipe.steps
-            saved = (step + 1) % recipe.checkpoint_every == 0 or last_step
             logged = (step + 1) % recipe.log_every == 0 or last_step
             rate, values, features = stepper.gradients(batch, np.arange(first, first + share), step)
+            stop, overdue = agreement.largest(request.number, checkpoints.is_overdue)
+            regular = checkpoints.is_regular(step + 1)
+            saved = regular or bool(stop or overdue)
             # Looking at the loss waits for the GPU, so it is done where it is shown, and before it is kept.
             means = _mean_over_ranks(values, runtime) if logged or saved else {}
             if means:
                 stepper.check_finite(means, step, rate)
+                if logged or regular:
+                    checkpoints.observe(means)
                 if recipe.bad_samples == "replace":
                     replaced = replaced_before + _sum_over_ranks(len(loader.replacements), runtime)
                 if runtime.is_main and features is not None and ((step + 1) % recipe.watch_every == 0 or last_step):
@@ -93,7 +102,9 @@ def train(recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: S
             counts = {"seen": loader.seen, "replaced": replaced}
             log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
-                _save(recipe, runtime, step + 1, parts, objective, loader, replaced)
+                _save(checkpoints, runtime, step + 1, parts, objective, loader, replaced)
+            if stop and not last_step:
+                raise Stopped.by_signal(stop, step + 1, recipe.steps)
     return start, loader.seen, replaced
 
 
@@ -203,20 +214,30 @@ def _part(batch: PatchBatch, piece: slice) -> PatchBatch:
     return replace(batch, images=images, rows=batch.rows[piece], sample_ids=batch.sample_ids[piece])
 
 
-def _restore(run: Path, parts: _Parts, loader: StreamLoader) -> tuple[int, int]:
+def _restore(
+    run: Path,
+    runtime: Runtime,
+    agreement: Agreement,
+    parts: _Parts,
+    loader: StreamLoader,
+    checkpoints: Checkpoints,
+) -> tuple[int, int]:
     """Return the step of the run's last checkpoint and the samples replaced until then; 0 and 0 without one."""
-    checkpoint = last_checkpoint(run)
-    if checkpoint is None:
+    step = agreement.of_main(step_of(last_checkpoint(run)) if runtime.is_main else 0)
+    if step == 0:
         return 0, 0
-    state = load_checkpoint(checkpoint, parts.model, parts.average)
+    state = load_checkpoint(checkpoint_folder(run, step), parts.model, parts.average)
     parts.optimizer.load_state_dict(state["optimizer"])
-    parts.scaler.load_state_dict(state["scaler"])
+    if "scaler" in state:  # not in those of the first version
+        parts.scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"])
-    return step_of(checkpoint), int(state["replaced"])
+    if "checkpoints" in state:
+        checkpoints.load_state_dict(state["checkpoints"])
+    return step, int(state["replaced"])
 
 
 def _save(
-    recipe: TrainRecipe,
+    checkpoints: Checkpoints,
     runtime: Runtime,
     step: int,
     parts: _Parts,
@@ -224,17 +245,16 @@ def _save(
     loader: StreamLoader,
     replaced: int,
 ) -> None:
-    if runtime.is_main:
-        state = {
-            "step": step,
-            "seen": loader.seen,
-            "replaced": replaced,
-            "optimizer": parts.optimizer.state_dict(),
-            "scaler": parts.scaler.state_dict(),
-            "loader": loader.state_dict(),
-            "world_size": runtime.world_size,
-        }
-        save_checkpoint(recipe.run, step, parts.model, state, average=parts.average, describe=objective.describe)
+    state = {
+        "step": step,
+        "seen": loader.seen,
+        "replaced": replaced,
+        "optimizer": parts.optimizer.state_dict(),
+        "scaler": parts.scaler.state_dict(),
+        "loader": loader.state_dict(),
+        "world_size": runtime.world_size,
+    }
+    checkpoints.save(step, parts.model, state, average=parts.average, describe=objective.describe)
     if runtime.world_size > 1:
         torch.distributed.barrier()
 

@@ -5,8 +5,10 @@ With `ENGINE_FAULT_ONCE=FILE` only the first of several processes dies: the one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 _name, _, _count = os.environ.get("ENGINE_FAULT", "").partition(":")
 _left = int(_count or 1)
@@ -20,6 +22,14 @@ def fault_point(name: str) -> None:
     _left -= 1
     if _left == 0 and _is_first():
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def fault_points(name: str) -> Iterator[None]:
+    """The points NAME.before and NAME.after, around a block."""
+    fault_point(f"{name}.before")
+    yield
+    fault_point(f"{name}.after")
 
 
 def _is_first() -> bool:

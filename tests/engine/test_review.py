@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from torch import nn
 
 from engine import shard
+from engine.checkpoint import save_checkpoint
 from engine.config import UsageError, apply_overrides, build
 from engine.recipes import ShardRecipe
 from engine.rundir import prepare_run
@@ -99,7 +101,7 @@ def test_a_run_that_ended_before_its_first_step_can_begin_anew(tmp_path: Path) -
     (recipe.run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.0}) + "\n")
     with pytest.raises(UsageError, match="--resume"):
         prepare_run(recipe, resume=False)
-    (recipe.run / "checkpoints" / "step-00000020").mkdir()
+    save_checkpoint(recipe.run, 20, nn.Linear(1, 1), {})
     with pytest.raises(UsageError, match="at step 20 already"):
         prepare_run(recipe, resume=True)
 
