@@ -30,9 +30,18 @@ from sharding.atomic import TEMPORARY_PREFIX, atomic_path, sweep_temporary, writ
 METRICS = "metrics.jsonl"
 # What a resumed run may change: where things lie, how long it goes on, how it is carried out and what is kept of it.
 # Of these `steps` moves the schedule's end, and `processes` and `loader` the last bits: the run goes on with a warning.
-_PLACES = {"run", "dataset", "cache", "cache_gib"}
-_CARRIED_OUT = {"steps", "processes", "loader", "bad_samples"}
-_KEPT = {"log_every", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "best_of", "best_is"}
+_PLACES = {"run", "dataset", "cache", "cache_gib", "weights"}
+_CARRIED_OUT = {"steps", "processes", "loader", "bad_samples", "compile", "checkpoint_activations"}
+_KEPT = {
+    "log_every",
+    "watch_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_last",
+    "keep_every",
+    "best_of",
+    "best_is",
+}
 _FREE_KEYS = _PLACES | _CARRIED_OUT | _KEPT
 _PACKAGES = ("pathology-engine", "torch", "numpy", "nvidia-dali-cuda120", "simplejpeg", "timm", "pyarrow")
 
