@@ -176,6 +176,9 @@ class TrainRecipe(Recipe):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on a GPU, fp32 on the CPU")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
+    watchdog_s: float | None = Field(
+        600.0, ge=0, description="seconds without a finished step after which a run ends; 0 or null is never"
+    )
     optim: OptimRecipe = OptimRecipe()
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 # What a resumed run may change: where things lie, how long it goes on and how it is carried out.
 _PLACES = {"run", "dataset", "cache", "cache_gib"}
 _FREE_KEYS = _PLACES | {"steps", "processes", "loader", "bad_samples", "precision", "log_every", "checkpoint_every"}
+_FREE_KEYS |= {"watchdog_s"}
 _PACKAGES = ("pathology-engine", "torch", "numpy", "nvidia-dali-cuda120", "simplejpeg", "timm", "pyarrow")
 
 

@@ -1,11 +1,7 @@
-"""`engine train`: dataset to run. Starts the ranks, or is one of those that torchrun started."""
+"""`engine train`: dataset to run; `launch.py` starts the ranks, and each does `train_rank`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,21 +10,21 @@ from engine.config import UsageError
 from engine.data.regions import check_views
 from engine.data.selection import open_datasets, select
 from engine.data.weighted import class_shares
+from engine.launch import Nodes, as_given_rank, given_ranks, launch, quiet_unless_main
 from engine.recipes import TrainRecipe
-from engine.rundir import prepare_run, read_metrics
-from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
-from sharding.lock import folder_lock
+from engine.rundir import read_metrics
 
 # Draws of the mask, beside those of the loader's views, which are numbered from 0.
 _MASK_DRAWS = 1 << 20
 _MEAN_OF = 5
 
 
-def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: TrainRecipe, *, resume: bool = False, nodes: Nodes | None = None) -> dict[str, Any]:
     """Train and return {run, steps, start_step, samples_seen, replaced, loss_first, loss_last, checkpoint}.
 
-    `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
-    Raises UsageError before any process starts where recipe, dataset and run folder do not fit together.
+    `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run. Where this is not
+    rank 0, nor its machine's launcher, the result is {}. Raises UsageError before any process starts where recipe,
+    dataset and run folder do not fit together.
     """
     datasets = tuple(each.expanduser().resolve() if isinstance(each, Path) else each for each in recipe.datasets)
     places: dict[str, Any] = {
@@ -38,20 +34,12 @@ def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     if recipe.cache is not None:
         places["cache"] = recipe.cache.expanduser().resolve()
     recipe = recipe.model_copy(update=places)
-    _check_datasets(recipe)
-    given = ranks_from_environment()
-    if given is not None:
-        return _as_given_rank(recipe, resume=resume, rank=given[0], world_size=given[2])
-    made = not recipe.run.exists()
-    recipe.run.mkdir(parents=True, exist_ok=True)
-    with folder_lock(recipe.run):
-        prepare_run(recipe, resume=resume)
-        processes = _processes(recipe)
-        if recipe.batch_size % processes:
-            if made:
-                shutil.rmtree(recipe.run)
-            raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {processes} processes.")
-        return train_rank(recipe) if processes == 1 else _launch(recipe, processes)
+    ranks = given_ranks(nodes)
+    if ranks is None or ranks.rank == 0:
+        _check_datasets(recipe)
+    if ranks is not None:
+        return as_given_rank(recipe, train_rank, ranks, resume=resume)
+    return launch(recipe, train_rank, nodes or Nodes(), processes=_processes(recipe), resume=resume)
 
 
 def _check_datasets(recipe: TrainRecipe) -> None:
@@ -74,79 +62,26 @@ def _processes(recipe: TrainRecipe) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _as_given_rank(recipe: TrainRecipe, *, resume: bool, rank: int, world_size: int) -> dict[str, Any]:
-    if recipe.batch_size % world_size:
-        raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {world_size} processes.")
-    if rank != 0:
-        return train_rank(recipe)
-    recipe.run.mkdir(parents=True, exist_ok=True)
-    with folder_lock(recipe.run):
-        prepare_run(recipe, resume=resume)
-        return train_rank(recipe)
-
-
-def _launch(recipe: TrainRecipe, processes: int) -> dict[str, Any]:
-    """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The agent logs a child's whole traceback; the child's error itself is told below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=recipe.run.name,
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    try:
-        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe, os.getpid())
-    except SignalException:
-        raise KeyboardInterrupt from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RuntimeError(f"rank {rank} failed: {_failure_text(failure)}") from None
-    return results[0]
-
-
-def _failure_text(failure: Any) -> str:
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-    text = " ".join(str(message).split())
-    return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
-
-
-def _launched_rank(recipe: TrainRecipe, launcher_pid: int) -> dict[str, Any]:
-    die_with_parent(launcher_pid)
-    # A terminal sends Ctrl-C to every process; the launcher alone answers it and ends its ranks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return train_rank(recipe)
-
-
 def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
     import torch
 
     from engine.data import Balance, open_loader
-    from engine.runtime import Runtime
-    from engine.trainer import process_group, train
+    from engine.runtime import Runtime, process_group
+    from engine.trainer import train
+    from engine.watchdog import Watchdog
     from models import build_model
 
     runtime = Runtime.detect(recipe.precision)
     if runtime.world_size > 1:
-        torch.set_num_threads(max(1, usable_cores() // runtime.world_size))
+        torch.set_num_threads(runtime.cores)
         # A 1x1 convolution's gradient has two equally valid stride orders; DDP warns on every rank about it.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.manual_seed(recipe.seed)
     options = {key: value for key, value in recipe.model.items() if key != "name"}
     model = build_model(recipe.model["name"], **options)
-    with process_group(runtime):
+    watchdog = Watchdog(runtime.rank, recipe.watchdog_s, folder=recipe.run, world_size=runtime.world_size)
+    with quiet_unless_main(), watchdog, process_group(runtime, timeout_s=watchdog.longest_s):
         if runtime.world_size > 1:
             torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
         loader = open_loader(
@@ -164,9 +99,10 @@ def train_rank(recipe: TrainRecipe) -> dict[str, Any]:
             bad_samples=recipe.bad_samples,
             cache=recipe.cache,
             cache_bytes=recipe.cache_bytes,
+            threads=min(16, runtime.cores),
         )
         with loader:
-            start, seen, replaced = train(recipe, runtime, model, _hmr_objective(recipe, model), loader)
+            start, seen, replaced = train(recipe, runtime, model, _hmr_objective(recipe, model), loader, watchdog)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),

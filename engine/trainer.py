@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,20 @@ from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.recipes import TrainRecipe
 from engine.rundir import METRICS, step_of
 from engine.runtime import Runtime
+from engine.watchdog import Watchdog
+from sharding.faults import fault_point
 
 # (model, batch, positions of the batch's samples in the stream) -> scalars; "loss" is what is minimised.
 Objective = Callable[[nn.Module, PatchBatch, npt.NDArray[np.int64]], dict[str, Tensor]]
 
 
 def train(
-    recipe: TrainRecipe, runtime: Runtime, model: nn.Module, objective: Objective, loader: StreamLoader
+    recipe: TrainRecipe,
+    runtime: Runtime,
+    model: nn.Module,
+    objective: Objective,
+    loader: StreamLoader,
+    watchdog: Watchdog,
 ) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
@@ -57,6 +64,7 @@ def train(
     steps = range(start, recipe.steps)
     with _Log(recipe, runtime, start) as log:
         for step in steps:
+            fault_point("train.step")
             began = time.monotonic()
             batch = next(loader)
             waited = time.monotonic() - began
@@ -87,6 +95,7 @@ def train(
             log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
                 _save(recipe, runtime, step + 1, model, optimizer, loader, replaced)
+            watchdog.beat(step + 1)
     return start, loader.seen, replaced
 
 
@@ -220,19 +229,3 @@ class _Log:
 def _rounded(means: dict[str, float]) -> dict[str, float]:
     # Losses keep all their digits: two runs are compared by them.
     return {name: value if name == "loss" else float(f"{value:.6g}") for name, value in means.items()}
-
-
-@contextlib.contextmanager
-def process_group(runtime: Runtime) -> Iterator[None]:
-    """Join the ranks that torchrun started: NCCL on GPUs, gloo on the CPU. One rank alone needs none."""
-    if runtime.world_size == 1:
-        yield
-        return
-    device = torch.device(runtime.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
