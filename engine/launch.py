@@ -263,7 +263,9 @@ def _run_rank(recipe: TrainRecipe, main: Main) -> Result:
         others = [f"{each.name}: {each.error}" for each in read_heartbeats(recipe.run).values() if each.error]
         if not others:
             left = [each for each in read_heartbeats(recipe.run).values() if each.doing != ENDING]
-            others = [f"{each.name}, last heard of{each.after}, has left without a word" for each in left]
+            others = [
+                f"{each.name} is gone without a word" + (each.after and f", last heard of{each.after}") for each in left
+            ]
         first = others[0] if others else error_text(error)
         raise RuntimeError(f"rank {ranks.rank} on {socket.gethostname()} lost another rank: {first}") from None
 

@@ -147,16 +147,16 @@ def _open_store(rank: int, join_s: float) -> torch.distributed.Store:
         return torch.distributed.TCPStore(host, port, is_master=hosts, timeout=limit, wait_for_workers=False)
     except torch.distributed.DistError as error:
         raise RuntimeError(
-            f"rank {rank} does not reach rank 0 at {host}:{port} ({' '.join(str(error).split())}); start all ranks, and "
-            "give them a MASTER_ADDR and a free MASTER_PORT that they can reach"
+            f"rank {rank} does not reach rank 0 at {host}:{port} ({' '.join(str(error).split())}); start all ranks, "
+            "and give them a MASTER_ADDR and a free MASTER_PORT that they can reach"
         ) from None
 
 
 def meet(store: torch.distributed.Store, rank: int, world_size: int, *, join_s: float) -> torch.distributed.Store:
     """Wait for all ranks, and return the part of `store` that belongs to this start of theirs.
 
-    The store may outlive ranks and hold words of earlier ones. So each greets rank 0 with a number of its own, and takes
-    only an answer to that. Raises RuntimeError that names the ranks that have not come within `join_s` seconds.
+    The store may outlive ranks and hold words of earlier ones. So each greets rank 0 with a number of its own, and
+    takes only an answer to that. Raises RuntimeError that names the ranks that have not come within `join_s` seconds.
     """
     import torch
 
@@ -168,8 +168,8 @@ def meet(store: torch.distributed.Store, rank: int, world_size: int, *, join_s: 
         if time.monotonic() > end:
             missing = ", ".join(str(other) for other in sorted(others))
             raise RuntimeError(
-                f"of {world_size} ranks these have not come within {join_s:g} s: {missing}. Start them all, each with its "
-                "number; under SLURM start them with srun, or ask for one task."
+                f"of {world_size} ranks these have not come within {join_s:g} s: {missing}. Start them all, each with "
+                "its number; under SLURM start them with srun, or ask for one task."
             )
         if rank == 0:
             for other in others:

@@ -83,8 +83,9 @@ class Watchdog:
     ) -> None:
         self._rank, self._world_size, self._seconds = rank, world_size, seconds or 0.0
         self._folder = folder / HEARTBEATS
-        self._end = end or _end
+        self._end = _end if end is None else end
         self._tick = min(_LONGEST_TICK_S, self._seconds / 10) if seconds else _LONGEST_TICK_S
+        self._grace = 4 * self._tick + 2
         self._step: int | None = None
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -130,13 +131,13 @@ class Watchdog:
             allowed = self._seconds * (_FIRST_STEP if self._step is None else 1.0)
             late = time.monotonic() - self._since
             # This thread needs the interpreter, which a stalled extension may hold; the C thread behind this does not.
-            faulthandler.dump_traceback_later(2 * allowed, exit=True, file=sys.__stderr__ or 2)
+            faulthandler.dump_traceback_later(2 * allowed + self._grace, exit=True, file=sys.__stderr__ or 2)
             if late > allowed:
                 self._judge(frame, late)
 
     def _judge(self, frame: FrameType | None, late: float) -> None:
         found = culprits(read_heartbeats(self._folder.parent), self._world_size, silent_s=3 * self._tick + 2)
-        if self._rank not in found and self._done.wait(4 * self._tick + 2):
+        if self._rank not in found and self._done.wait(self._grace):
             return
         names = "; ".join(self._accuse(rank, heartbeat) for rank, heartbeat in found.items())
         text = (
