@@ -141,13 +141,52 @@ def shard(
     _finish(result, text, code, json)
 
 
-@app.command(epilog="Example: engine train train/vittm_hmr_tiny dataset=dataset run=runs/first steps=60 processes=2")
+def _show_template(name: str | None) -> None:
+    if name is not None:
+        from engine.slurm import read_template
+
+        try:
+            typer.echo(read_template(name), nl=False)
+        except ValueError as error:
+            say(f"engine: {error}")
+            raise typer.Exit(int(Exit.USAGE)) from None
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples: engine train train/vittm_hmr_tiny dataset=dataset run=runs/first steps=60 processes=2;    "
+    "on two machines, the same on each: engine train RECIPE dataset=D run=R --nnodes 2 --rdzv HOST:29400 --resume;    "
+    "under torchrun: torchrun --nproc-per-node 8 --no-python engine train RECIPE dataset=D run=R --resume;    "
+    "under SLURM: engine train --template slurm_requeue > job.sbatch"
+)
 def train(
     recipe: Recipe,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in its folder, or start it")] = False,
+    nnodes: Annotated[
+        str | None, typer.Option(metavar="N|MIN:MAX", help="machines; the command is started once on each")
+    ] = None,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="where they meet; SLURM's first node by default")
+    ] = None,
+    rdzv_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="name of the job there; the run's by default")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="how often all ranks start anew from the last checkpoint when one dies")
+    ] = 0,
     json: Json = False,
     _keys: Annotated[bool, _keys_option("train")] = False,
+    _template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="NAME",
+            is_eager=True,
+            callback=_show_template,
+            help="print slurm_single, slurm_multinode or slurm_requeue, a script for sbatch, and stop",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on a dataset, on every visible GPU or on the CPU.
 
@@ -157,17 +196,18 @@ def train(
     def work() -> tuple[dict[str, Any], str]:
         from engine import train as verb
         from engine.config import apply_overrides, read_recipe
+        from engine.launch import Nodes
         from engine.train_recipe import build_train_recipe
 
         resolved = build_train_recipe(apply_overrides(read_recipe("train", recipe), settings or []))
-        result = verb.run(resolved, resume=resume)
-        return result, verb.describe(result)
+        result = verb.run(resolved, resume=resume, nodes=Nodes.parse(nnodes, rdzv, rdzv_id, max_restarts))
+        return result, verb.describe(result) if result else ""
 
     from engine.runtime import ranks_from_environment
 
     result, text, code = _guard(work, go_on="`engine train ... --resume` goes on from the last checkpoint")
     # To torchrun and its like any exit code but 0 is a rank that failed.
-    if code is Exit.DONE and result["replaced"] and ranks_from_environment() is None:
+    if result and result["replaced"] and ranks_from_environment() is None:
         code = Exit.QUARANTINED
     _finish(result, text, code, json)
 
@@ -393,9 +433,12 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
+_TOLD_AT_ONCE = ("-h", "--help", "--keys", "--template")
+
+
 def main() -> None:
     """The `engine` command."""
-    if any(argument in ("-h", "--help", "--keys") for argument in sys.argv[1:]) or len(sys.argv) < 2:
+    if len(sys.argv) < 2 or any(argument.startswith(_TOLD_AT_ONCE) for argument in sys.argv[1:]):
         app()
         return
     for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send either before they take the machine away

@@ -188,6 +188,9 @@ class TrainRecipe(Recipe):
         "loss", description="number in metrics.jsonl whose mean between checkpoints makes RUN/best; null is no best"
     )
     best_is: Literal["smallest", "largest"] = Field("smallest", description="which mean is the best")
+    watchdog_s: float | None = Field(
+        600.0, ge=0, description="seconds without a finished step after which a run ends; 0 or null is never"
+    )
     optim: OptimRecipe = OptimRecipe()
 
     @model_validator(mode="after")

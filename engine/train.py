@@ -1,12 +1,9 @@
-"""`engine train`: dataset to run. Starts the ranks, or is one of those that torchrun started."""
+"""`engine train`: dataset to run; `launch.py` starts the ranks, and each does `train_rank`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +11,28 @@ from engine.config import UsageError
 from engine.data.regions import check_views
 from engine.data.selection import open_datasets, select
 from engine.data.weighted import class_shares
+from engine.launch import Nodes, as_given_rank, given_ranks, launch, quiet_unless_main
 from engine.recipes import TrainRecipe
-from engine.rundir import prepare_run, read_metrics
-from engine.runtime import die_with_parent, ranks_from_environment, usable_cores
-from engine.stopping import SIGNALS, Stopped, StopRequest
-from sharding.lock import folder_lock
+from engine.rundir import read_metrics
+from engine.stopping import StopRequest
 
 _MEAN_OF = 5
 
 
-def run(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run(recipe: TrainRecipe, *, resume: bool = False, nodes: Nodes | None = None) -> dict[str, Any]:
     """Train and return {run, steps, start_step, samples_seen, replaced, loss_first, loss_last, checkpoint}.
 
-    `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run.
+    `loss_first` and `loss_last` are means over the first and last five logged steps of the whole run. Where this is not
+    rank 0, nor its machine's launcher, the result is {}.
     Raises UsageError before any process starts where recipe, dataset and run folder do not fit together, and Stopped
     after SIGTERM or SIGUSR1, once the run is saved.
     """
     request = StopRequest()
     with request.on_signals():
-        return _run(recipe, resume, request)
+        return _run(recipe, resume, nodes, request)
 
 
-def _run(recipe: TrainRecipe, resume: bool, request: StopRequest) -> dict[str, Any]:
+def _run(recipe: TrainRecipe, resume: bool, nodes: Nodes | None, request: StopRequest) -> dict[str, Any]:
     datasets = tuple(each.expanduser().resolve() if isinstance(each, Path) else each for each in recipe.datasets)
     places: dict[str, Any] = {
         "dataset": datasets if len(datasets) > 1 else datasets[0],
@@ -48,20 +45,13 @@ def _run(recipe: TrainRecipe, resume: bool, request: StopRequest) -> dict[str, A
         if not places["weights"].is_file():
             raise UsageError(f"weights={recipe.weights}: there is no such file.")
     recipe = recipe.model_copy(update=places)
-    _check_datasets(recipe)
-    given = ranks_from_environment()
-    if given is not None:
-        return _as_given_rank(recipe, request, resume=resume, rank=given[0], world_size=given[2])
-    made = not recipe.run.exists()
-    recipe.run.mkdir(parents=True, exist_ok=True)
-    with folder_lock(recipe.run):
-        prepare_run(recipe, resume=resume)
-        processes = _processes(recipe)
-        if recipe.batch_size % processes:
-            if made:
-                shutil.rmtree(recipe.run)
-            raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {processes} processes.")
-        return train_rank(recipe, request) if processes == 1 else _launch(recipe, processes, request)
+    ranks = given_ranks(nodes)
+    if ranks is None or ranks.rank == 0:
+        _check_datasets(recipe)
+    main = partial(train_rank, request=request)
+    if ranks is not None:
+        return as_given_rank(recipe, main, ranks, resume=resume)
+    return launch(recipe, main, nodes or Nodes(), processes=_processes(recipe), resume=resume)
 
 
 def _check_datasets(recipe: TrainRecipe) -> None:
@@ -88,90 +78,24 @@ def _processes(recipe: TrainRecipe) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _as_given_rank(
-    recipe: TrainRecipe, request: StopRequest, *, resume: bool, rank: int, world_size: int
-) -> dict[str, Any]:
-    if recipe.batch_size % world_size:
-        raise UsageError(f"batch_size={recipe.batch_size} does not divide evenly over {world_size} processes.")
-    if rank != 0:
-        return train_rank(recipe, request)
-    recipe.run.mkdir(parents=True, exist_ok=True)
-    with folder_lock(recipe.run):
-        prepare_run(recipe, resume=resume)
-        return train_rank(recipe, request)
-
-
-def _launch(recipe: TrainRecipe, processes: int, request: StopRequest) -> dict[str, Any]:
-    """Start `processes` ranks on this machine under torchrun's agent and return rank 0's result.
-
-    A signal reaches them through `request`: they stop by themselves, and the agent only waits for them.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The agent logs a child's whole traceback; the child's error itself is told below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=recipe.run.name,
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-        shutdown_timeout=1,
-    )
-    try:
-        results: dict[int, dict[str, Any]] = elastic_launch(config, _launched_rank)(recipe, os.getpid(), request)
-    except SignalException:
-        raise KeyboardInterrupt from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RuntimeError(f"rank {rank} failed: {_failure_text(failure)}") from None
-    if "stopped" in results[0]:
-        raise Stopped(results[0]["stopped"])
-    return results[0]
-
-
-def _failure_text(failure: Any) -> str:
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-    text = " ".join(str(message).split())
-    return text if text and text != "None" else f"it ended with exit code {failure.exitcode}"
-
-
-def _launched_rank(recipe: TrainRecipe, launcher_pid: int, request: StopRequest) -> dict[str, Any]:
-    die_with_parent(launcher_pid)
-    # A terminal sends Ctrl-C to every process, and a scheduler its signals; the launcher alone answers them.
-    for number in (signal.SIGINT, *SIGNALS):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        return train_rank(recipe, request)
-    except Stopped as stopped:
-        return {"stopped": str(stopped)}
-
-
 def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
     import torch
 
     from engine.data import Balance, open_loader
     from engine.objectives import make_objective
-    from engine.runtime import Runtime
-    from engine.trainer import process_group, train
+    from engine.runtime import Runtime, process_group
+    from engine.trainer import train
+    from engine.watchdog import Watchdog
 
     runtime = Runtime.detect(recipe.precision)
     if runtime.world_size > 1:
-        torch.set_num_threads(max(1, usable_cores() // runtime.world_size))
+        torch.set_num_threads(runtime.cores)
         # A 1x1 convolution's gradient has two equally valid stride orders; DDP warns on every rank about it.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     objective = make_objective(recipe)
-    with process_group(runtime):
+    watchdog = Watchdog(runtime.rank, recipe.watchdog_s, folder=recipe.run, world_size=runtime.world_size)
+    with quiet_unless_main(), watchdog, process_group(runtime, timeout_s=watchdog.longest_s):
         if runtime.world_size > 1:
             torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
         loader = open_loader(
@@ -189,10 +113,12 @@ def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
             bad_samples=recipe.bad_samples,
             cache=recipe.cache,
             cache_bytes=recipe.cache_bytes,
+            threads=min(16, runtime.cores),
         )
         with loader:
             objective.mpp = loader.mpp
-            start, seen, replaced = train(recipe, runtime, objective, loader, request)
+            start, seen, replaced = train(recipe, runtime, objective, loader, request, watchdog)
+            start, seen, replaced = train(recipe, runtime, objective, loader, request, watchdog)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ from engine.runtime import Runtime
 from engine.saving import Checkpoints
 from engine.stopping import Agreement, Stopped, StopRequest
 from engine.train_log import TrainLog
+from engine.watchdog import Watchdog
 from engine.watching import watch_features
+from sharding.faults import fault_point
 
 _MOST_SKIPPED = 50  # steps in a row that a scaler may skip before the run stops
 
@@ -46,7 +47,12 @@ class _Parts:
 
 
 def train(
-    recipe: TrainRecipe, runtime: Runtime, objective: Objective, loader: StreamLoader, request: StopRequest
+    recipe: TrainRecipe,
+    runtime: Runtime,
+    objective: Objective,
+    loader: StreamLoader,
+    request: StopRequest,
+    watchdog: Watchdog,
 ) -> tuple[int, int, int]:
     """Train up to `recipe.steps` optimiser steps, from the run's last checkpoint if it has one.
 
@@ -78,6 +84,7 @@ def train(
     share = recipe.batch_size // runtime.world_size
     with TrainLog(recipe, runtime, start) as log:
         for step in range(start, recipe.steps):
+            fault_point("train.step")
             began = time.monotonic()
             batch = next(loader)
             waited = time.monotonic() - began
@@ -103,6 +110,7 @@ def train(
             log.step(step + 1, means if logged else {}, rate, counts, waited, time.monotonic() - began)
             if saved:
                 _save(checkpoints, runtime, step + 1, parts, objective, loader, replaced)
+            watchdog.beat(step + 1)
             if stop and not last_step:
                 raise Stopped.by_signal(stop, step + 1, recipe.steps)
     return start, loader.seen, replaced
@@ -281,19 +289,3 @@ def _sum_over_ranks(count: int, runtime: Runtime) -> int:
     total = torch.tensor(count, device=runtime.device)
     torch.distributed.all_reduce(total)
     return int(total)
-
-
-@contextmanager
-def process_group(runtime: Runtime) -> Iterator[None]:
-    """Join the ranks that torchrun started: NCCL on GPUs, gloo on the CPU. One rank alone needs none."""
-    if runtime.world_size == 1:
-        yield
-        return
-    device = torch.device(runtime.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

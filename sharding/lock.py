@@ -19,19 +19,21 @@ class LockedError(RuntimeError):
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s lock; raise LockedError at once where another process holds it.
+def folder_lock(folder: Path, *, job: str | None = None) -> Iterator[bool]:
+    """Hold `folder`'s lock, as True; raise LockedError at once where another process holds it.
 
     A lock whose process is gone from this host is taken over. One of another host cannot be judged from here and is
-    respected; the message says how to remove it.
+    respected; the message says how to remove it. Processes of one `job` share the folder: the first of them holds the
+    lock, and to the others this is False.
     """
     path = folder / LOCK_NAME
     with _judging(folder):
-        _take(folder, path)
+        mine = _take(folder, path, job)
     try:
-        yield
+        yield mine
     finally:
-        path.unlink(missing_ok=True)
+        if mine:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -50,19 +52,22 @@ def _judging(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(folder: Path, path: Path) -> None:
+def _take(folder: Path, path: Path, job: str | None) -> bool:
     holder = _read(path)
     if holder is not None and not _alive(holder):
         path.unlink(missing_ok=True)
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid()), "job": job}
     try:
         _create(path, json.dumps(me).encode())
     except FileExistsError:
         holder = holder or _read(path) or {}
+        if job is not None and holder.get("job") == job:
+            return False
         raise LockedError(
             f"{folder} is being written by process {holder.get('pid')} on {holder.get('host')}. "
             f"Wait for it; if you are sure that it is gone, remove {path}"
         ) from None
+    return True
 
 
 def _create(path: Path, content: bytes) -> None:

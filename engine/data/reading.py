@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.sources import LocalShards, OpenFiles, ShardSource, in_tasks, joined
+from sharding.faults import fault_point
 from sharding.index import ROW_DTYPE, Dataset
 
 _HEADER_BYTES = 512  # a USTAR header; it stands right before its member's payload
@@ -199,6 +200,7 @@ class SampleReader:
 
     def _read_groups(self, groups: list[list[_Entry]]) -> list[Sample]:
         """Read entries, those of a group as one piece; the samples come in the order of the groups."""
+        fault_point("loader.read")
         return [sample for group in groups for sample in self._read_group(group)]
 
     def _read_group(self, group: list[_Entry]) -> list[Sample]:
