@@ -118,7 +118,6 @@ def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
         with loader:
             objective.mpp = loader.mpp
             start, seen, replaced = train(recipe, runtime, objective, loader, request, watchdog)
-            start, seen, replaced = train(recipe, runtime, objective, loader, request, watchdog)
     losses = [line["loss"] for line in read_metrics(recipe.run)]
     return {
         "run": str(recipe.run),
