@@ -172,6 +172,30 @@ def train(
     _finish(result, text, code, json)
 
 
+@app.command(epilog="Example: engine evaluate evaluate/linear store=store labels=labels.csv out=linear.json")
+def evaluate(
+    recipe: Recipe,
+    settings: Settings = None,
+    json: Json = False,
+    _keys: Annotated[bool, _keys_option("evaluate")] = False,
+) -> None:
+    """Say how much frozen features know: linear probe or nearest neighbours, with bootstrap intervals.
+
+    Slides that lack a label or an embedding are named. Patients (or slides) on two sides of a split are refused.
+    """
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import evaluate as verb
+        from engine.config import apply_overrides, read_recipe
+        from engine.evaluate_recipe import build_evaluate_recipe
+
+        resolved = build_evaluate_recipe(apply_overrides(read_recipe("evaluate", recipe), settings or []))
+        result = verb.run(resolved)
+        return result, verb.describe(result)
+
+    _finish(*_guard(work, go_on="run the same command again"), json)
+
+
 @app.command(epilog="Example: engine verify dataset --json")
 def verify(
     dataset: Annotated[Path, typer.Argument(help="a dataset written by `engine shard`")],
