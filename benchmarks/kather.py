@@ -27,7 +27,7 @@ from engine.evaluation.samples import Samples
 
 FOLDS = 10
 PUBLISHED = 0.858
-PENALTIES = (0.1, 1.0, 10.0, 100.0)
+PENALTIES = (0.1, 1.0, 10.0)
 NEIGHBOURS = (5.0, 10.0, 20.0, 50.0)
 PROBES = {
     "linear, standardised": Probe(options=PENALTIES),

@@ -169,7 +169,7 @@ def made(
     if table[by].null_count():
         lacking = table.filter(pl.col(by).is_null())["slide_id"].unique(maintain_order=True)
         raise ValueError(f"group={by}: no value for {some(lacking)}; fill the column, or group by slide_id")
-    torn = table.group_by("slide_id").agg(pl.col(by).n_unique()).filter(pl.col(by) > 1)["slide_id"]
+    torn = table.group_by("slide_id").agg(pl.col(by).n_unique().alias("of")).filter(pl.col("of") > 1)["slide_id"]
     if len(torn):
         raise ValueError(f"group={by}: {some(torn.sort())}: rows of one slide are in several groups")
     group_names, groups = np.unique(table[by].cast(pl.String).to_numpy(), return_inverse=True)
