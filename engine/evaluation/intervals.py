@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.evaluation.metrics import case_losses
+
 Array = npt.NDArray[np.float64]
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "f1", "log_loss")
 
 _CHUNK_BYTES = 1 << 26  # weights of cases held at a time
-_EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,7 @@ class _Fold:
         cells = self.num_classes**2
         place = groups * cells + labels * self.num_classes + predicted
         self.confusion = np.bincount(place, minlength=num_groups * cells).reshape(num_groups, cells).astype(np.float64)
-        likely = np.clip(cases.probabilities[np.arange(n), labels], _EPSILON, 1 - _EPSILON)
-        self.loss = np.bincount(groups, -np.log(likely), num_groups)
+        self.loss = np.bincount(groups, case_losses(labels, cases.probabilities), num_groups)
         self.present = np.flatnonzero(np.bincount(labels, minlength=self.num_classes))
         self.averaged = np.unique([*self.present, *predicted])
         scored = (1,) if self.num_classes == 2 else tuple(range(self.num_classes))

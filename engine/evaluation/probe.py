@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from engine.evaluation.folds import Fold
 from engine.evaluation.knn import knn_classify
-from engine.evaluation.metrics import balanced_accuracy
+from engine.evaluation.metrics import balanced_accuracy, log_loss
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ class Probe:
             directions that separate the classes, with unit spread within them (linear discriminant analysis);
             both are learnt from what the probe is fitted to.
         options: C of logistic (the inverse of the penalty) or k of knn, from which the validation chooses the one of
-            largest balanced accuracy, the first of equals; empty for adam.
+            largest balanced accuracy, of equals that of smallest log loss, then the first; empty for adam.
         refit: fit again, to training and validation, what was chosen.
         balanced: logistic weights each class by n / (C * its samples).
         votes: of knn: weighted is `knn_classify` (cosine); uniform is one vote of each Euclidean neighbour.
@@ -90,10 +90,11 @@ def fit_and_predict(
     chosen = probe.options[0] if probe.options else None
     validation = None
     if probe.chooses:
-        found = [predict(option, fold.train, fold.val).argmax(axis=1) for option in probe.options]
-        scores = [balanced_accuracy(labels[fold.val], predicted) for predicted in found]
-        best = int(np.argmax(scores))
-        chosen, validation = probe.options[best], scores[best]
+        truth = labels[fold.val]
+        found = [predict(option, fold.train, fold.val) for option in probe.options]
+        scores = [(balanced_accuracy(truth, each.argmax(axis=1)), -log_loss(truth, each)) for each in found]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        chosen, validation = probe.options[best], scores[best][0]
     known = np.union1d(fold.train, fold.val) if probe.refit else fold.train
     by_option = {option: predict(option, known, fold.test) for option in probe.options if every_option}
     probabilities = by_option[chosen] if chosen in by_option else predict(chosen, known, fold.test)

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from engine.console import progress
 from engine.evaluation.folds import Fold, leaks, with_validation
 from engine.evaluation.intervals import Predicted, measure
 from engine.evaluation.probe import Fitted, Probe, fit_and_predict
 from engine.evaluation.samples import Samples, some
+
+_WORTH_THREADS = 1 << 24  # numbers in the features
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,9 @@ def evaluate_folds(
     leaking = [_leak(samples, fold, allow_leak) for fold in complete]
     fitted: list[Fitted] = []
     all_k = probe.kind == "knn" and probe.chooses
-    with progress("fit", len(complete), "folds") as advance:
+    # Threads that wait for each other cost small fits more than they give.
+    threads = 1 if samples.x.size < _WORTH_THREADS else None
+    with progress("fit", len(complete), "folds") as advance, threadpool_limits(threads):
         for fold in complete:
             fitted.append(
                 fit_and_predict(probe, samples.x, samples.labels, fold, len(samples.classes), every_option=all_k)

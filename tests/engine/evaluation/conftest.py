@@ -47,7 +47,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory, write_store: Callable[..., 
     for number in range(40):
         label = number // 2 % 3
         x = rng.normal(size=(3 + number % 4, 8))
-        x[:, label] += 4
+        x[:, label] += 2.5
         slides[f"s.{number:02d}"] = {"embedding": x.astype(np.float32)}
         if number != 7:
             lines.append(f"s.{number:02d},p{number // 2},{'abc'[label]}")

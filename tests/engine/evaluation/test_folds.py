@@ -75,7 +75,7 @@ def test_a_column_says_train_val_and_test() -> None:
         folds_of_column(["train", "val"], "split")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     groups=st.lists(st.integers(0, 12), min_size=20, max_size=60),
     folds=st.integers(1, 4),

@@ -108,7 +108,7 @@ def test_groups_and_not_cases_are_resampled() -> None:
     assert wrong["high"] - wrong["low"] < 0.6 * (one["high"] - one["low"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(2, 9), st.integers(1, 3))
 def test_entries_are_json_in_range_and_count_every_resample(seed: int, classes: int, groups: int, folds: int) -> None:
     cases = [_drawn(seed + number, 12, classes, groups) for number in range(folds)]

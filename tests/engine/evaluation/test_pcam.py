@@ -115,10 +115,10 @@ def test_any_encoder_gives_features_of_its_width() -> None:
         ("hipt_patch", {"variant": "tiny", "depth": 1}, 192),
         ("vittm_hmr", {"img_size": 32, "memory_patch": 8, "process_patch": 16, "dim": 32, "depth": 1, "heads": 2}, 32),
     ):
-        encoder = open_encoder(name, config, Path("random"), mean=HALF, std=HALF, seed=1)  # type: ignore[arg-type]
+        encoder = open_encoder(name, config, Path("random"), mean=HALF, std=HALF, seed=1)
         found = encoder.embed(images.to(encoder.device))
         assert (found.shape, found.dtype, found.requires_grad) == ((2, width), torch.float32, False)
-        again = open_encoder(name, config, Path("random"), mean=HALF, std=HALF, seed=1)  # type: ignore[arg-type]
+        again = open_encoder(name, config, Path("random"), mean=HALF, std=HALF, seed=1)
         assert torch.equal(found, again.embed(images.to(encoder.device)))
 
 
