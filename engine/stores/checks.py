@@ -13,7 +13,7 @@ import pyarrow as pa
 Array = npt.NDArray[Any]
 
 # An array is an attribute of `SlideEmbeddings`, which has these besides.
-RESERVED_NAMES = frozenset({"array", "attributes", "folder", "names", "rows", "shape", "slide_id"})
+RESERVED_NAMES = frozenset({"array", "attributes", "folder", "names", "rows", "sha256", "shape", "slide_id", "table"})
 
 
 def difference(found: Any, expected: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

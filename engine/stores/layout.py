@@ -127,6 +127,11 @@ def commit_slide(temporary: Path, folder: Path) -> bool:
     return True
 
 
+def is_store(path: Path) -> bool:
+    """Whether a store was begun in this folder, or finished."""
+    return (path / GROUP_FILE).exists() or (path / STORE_FILE).exists()
+
+
 def content_digest(meta: dict[str, Any]) -> str:
     """The digest of a store: SHA-256 over all else that store.json says, hexadecimal."""
     return canonical_digest({key: value for key, value in meta.items() if key != "digest"})

@@ -227,11 +227,11 @@ class SlideEmbeddings:
     def __init__(self, folder: Path, slide_id: str, sha256: str) -> None:
         self.folder = folder
         self.slide_id = slide_id
-        self._sha256 = sha256
+        self.sha256 = sha256
 
     @cached_property
     def _record(self) -> dict[str, Any]:
-        return read_record(self.folder, self._sha256)[0]
+        return read_record(self.folder, self.sha256)[0]
 
     def _read(self, name: str) -> bytes:
         return read_file(self.folder, name, self._record["files"][name]["sha256"])
@@ -254,11 +254,16 @@ class SlideEmbeddings:
         return dict(json.loads(self._read(GROUP_FILE))["attributes"])
 
     @property
-    def rows(self) -> pl.DataFrame:
+    def table(self) -> pa.Table:
         """M rows; row i describes row i of every array."""
+        return pq.read_table(pa.BufferReader(self._read(ROWS_FILE)))
+
+    @property
+    def rows(self) -> pl.DataFrame:
+        """`table` for polars."""
         import polars as pl
 
-        return pl.DataFrame(pl.from_arrow(pq.read_table(pa.BufferReader(self._read(ROWS_FILE)))))
+        return pl.DataFrame(pl.from_arrow(self.table))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an array, without reading it."""
