@@ -40,7 +40,7 @@ from engine.stores.layout import (
     temporary_folder,
 )
 from engine.stores.merging import merge_rows, survey
-from sharding.atomic import sweep_temporary, write_json
+from sharding.atomic import json_text, sweep_temporary, write_json
 from sharding.dataset import file_sha256
 from sharding.faults import fault_point
 from sharding.index import write_parquet
@@ -78,16 +78,16 @@ def begin_store(path: Path, identity: Mapping[str, Any]) -> None:
         foreign = [name for name in _FOREIGN if (path / name).exists()]
         if foreign:
             raise ValueError(f"{path} holds {foreign[0]}, and is no store of embeddings: give another folder.")
-        _write_group(path, given)
+        write_json(path / GROUP_FILE, _group(given))
     (path / SLIDES).mkdir(exist_ok=True)
     if not (path / SLIDES / GROUP_FILE).exists():
-        _write_group(path / SLIDES, {})
+        write_json(path / SLIDES / GROUP_FILE, _group({}))
     sweep_temporary(path)
     sweep_slides(path)
 
 
-def _write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
-    write_json(folder / GROUP_FILE, {"attributes": attributes, "node_type": "group", "zarr_format": 3})
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
 
 
 def _group_attributes(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def write_slide(
     temporary = temporary_folder(path)
     try:
         fault_point("store.before_write")
-        _write_group(temporary, attributes)
+        (temporary / GROUP_FILE).write_text(json_text(_group(attributes)), encoding="utf-8")
         for name, values in stored.items():
             _write_array(temporary, name, values)
             fault_point("store.after_array")
@@ -143,7 +143,7 @@ def write_slide(
                 for file in files
             },
         }
-        write_json(temporary / SLIDE_FILE, record)
+        (temporary / SLIDE_FILE).write_text(json_text(record), encoding="utf-8")
         if not commit_slide(temporary, folder):
             _check_same_slide(folder, slide_id)
     finally:

@@ -122,11 +122,8 @@ def _child(number: int, folder: Path, work: Callable[[], Any]) -> None:
                     step(os.fspath(argument))
                     return
 
-    fsync = os.fsync
-
     def counted(descriptor: int) -> None:
         step(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-        fsync(descriptor)
 
     try:
         sys.addaudithook(hook)

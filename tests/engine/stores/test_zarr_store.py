@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,7 @@ def test_a_thousand_tiny_slides(
     tmp_path: Path, make_slide: Callable[..., Any], identity: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finishing reads each slide's record and rows a fixed number of times, and opening reads none."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     begin_store(tmp_path, identity)
     arrays, rows, attributes = make_slide(2)
     given = {"embedding": arrays["embedding"], "xy0": arrays["xy0"]}
