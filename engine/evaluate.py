@@ -205,7 +205,7 @@ def _line(name: str, entry: dict[str, Any], level: float) -> str:
         text += f", std {entry['std']:.3f}"
     left_out = entry.get("left_out", entry["degenerate"] / (entry["degenerate"] + entry["resamples"]))
     if left_out:
-        text += f", without the {as_share(left_out)} of resamples that lack a class"
+        text += f", without the {as_share(left_out)} of resamples where it has no value"
     return text + (f"  ({entry['reason']})" if "reason" in entry else "")
 
 
