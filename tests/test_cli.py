@@ -18,7 +18,7 @@ from sharding.lock import folder_lock
 
 ENGINE = Path(sys.executable).parent / "engine"
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
-VERBS = ("synth", "shard", "train", "verify", "doctor", "weights")
+VERBS = ("synth", "shard", "train", "evaluate", "verify", "doctor", "weights")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

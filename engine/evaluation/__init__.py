@@ -1,1 +1,1 @@
-"""How good embeddings and predictions are. numpy and scipy only."""
+"""How good embeddings and predictions are. Only `encoder`, `pcam` and the probe of vittm-hmr need torch."""

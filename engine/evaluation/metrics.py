@@ -148,6 +148,19 @@ def balanced_accuracy(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> floa
     return float(np.mean([(predicted[classes == label] == label).mean() for label in np.unique(classes)]))
 
 
+def log_loss(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
+    """Mean of -log of the probability [n, C] of the true class [n], clipped to [2^-52, 1 - 2^-52]."""
+    return float(case_losses(labels, probabilities).mean())
+
+
+def case_losses(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Array:
+    """Of each case what `log_loss` averages, float64 [n]."""
+    likely = np.take_along_axis(np.asarray(probabilities, np.float64), np.asarray(labels)[:, None], axis=1)[:, 0]
+    epsilon = np.finfo(np.float64).eps
+    losses: Array = -np.log(np.clip(likely, epsilon, 1 - epsilon))
+    return losses
+
+
 def quadratic_kappa(labels: npt.ArrayLike, predictions: npt.ArrayLike, n_classes: int) -> float:
     """Cohen's kappa of ordered classes, disagreement weighted by its square.
 

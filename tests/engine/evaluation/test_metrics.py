@@ -17,6 +17,7 @@ from engine.evaluation.metrics import (
     bootstrap,
     concordance_index,
     confusion_matrix,
+    log_loss,
     quadratic_kappa,
     roc_auc,
 )
@@ -132,6 +133,11 @@ def test_accuracies_and_kappa_by_hand() -> None:
     assert quadratic_kappa(labels, predictions, 3) == pytest.approx(1 - 5 / by_chance)
     assert quadratic_kappa([0, 1, 2], [0, 1, 2], 3) == 1.0
     assert math.isnan(quadratic_kappa([1, 1], [1, 1], 3))
+
+
+def test_log_loss_by_hand() -> None:
+    found = log_loss([0, 1, 1], [[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
+    assert found == pytest.approx(-(math.log(0.5) + math.log(0.25) + math.log(2.0**-52)) / 3)
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
