@@ -77,8 +77,8 @@ class ExtractRecipe(Recipe):
     )
     outputs: Annotated[tuple[Output, ...], BeforeValidator(_as_list)] = Field(
         (),
-        description="hipt_4k: local [M,256,384], global [M,192], mean256 [M,384], concat [M,576] (global, mean256); the "
-        "first becomes `embedding`, others keep their names",
+        description="hipt_4k: local [M,256,384], global [M,192], mean256 [M,384], concat [M,576] (global and mean256); "
+        "the first becomes `embedding`, others keep their names (local and global are `patches` and `region` there)",
     )
     regions: RegionRule = RegionRule()
     intermediate: int | None = Field(

@@ -14,14 +14,17 @@ from engine.config import section
 
 def describe_keys(verb: str) -> str:
     """The keys of the verb's recipe, one per paragraph line, for a terminal."""
+    from engine.extract_recipe import ENCODERS, ExtractRecipe
     from engine.recipes import ShardRecipe, TrainRecipe
     from models.config import MODEL_CONFIGS
 
     if verb == "shard":
         return "\n".join(_lines(ShardRecipe))
-    lines = _lines(TrainRecipe)
-    for name, config in MODEL_CONFIGS.items():
-        lines += ["", f"model.name={name}:", *_lines(config, "model.")]
+    extract = verb == "extract"
+    lines = _lines(ExtractRecipe if extract else TrainRecipe)
+    section_name = "encoder" if extract else "model"
+    for name in ENCODERS if extract else MODEL_CONFIGS:
+        lines += ["", f"{section_name}.name={name}:", *_lines(MODEL_CONFIGS[name], f"{section_name}.")]
     return "\n".join(lines)
 
 

@@ -83,8 +83,8 @@ def agree(
 
     mpp: None where it differs by slide; `check_spacing` then judges each of them.
 
-    Raises UsageError where they do not agree, or where neither says what must be known; ValueError and FileNotFoundError
-    as `models.weights.read_checkpoint` does.
+    Raises UsageError where they do not agree, or where neither says what must be known; ValueError and
+    FileNotFoundError as `models.weights.read_checkpoint` does.
     """
     name = recipe.encoder["name"]
     given = {key: value for key, value in recipe.encoder.items() if key != "name"}
@@ -236,7 +236,8 @@ def _trained_mpp(recipe: ExtractRecipe, infos: list[WeightsInfo]) -> float | Non
         known = recipe.trained_mpp or next(iter(stated))
         if abs(known / mpp - 1) > SPACING_TOLERANCE and "spacing" not in recipe.override:
             raise UsageError(
-                f"trained_mpp={known:g}: the weights' metadata say {mpp:g} um/px; leave the key out, or override=spacing."
+                f"trained_mpp={known:g}: the weights' metadata say {mpp:g} um/px; leave the key out (trained_mpp=null), or "
+                "override=spacing."
             )
     if recipe.trained_mpp is None and not stated and recipe.weights != RANDOM and "spacing" not in recipe.override:
         raise UsageError("the weights' metadata state no spacing; give trained_mpp=0.5 (um/px), or override=spacing.")
@@ -262,7 +263,8 @@ def _check_patches(spec: EncoderSpec, stride_px: int) -> None:
         return
     if spec.side is None:
         raise UsageError(
-            "encoder.name=hipt_4k needs regions: a dataset of shard/regions4096, or slides with patches.region_patches=16."
+            "encoder.name=hipt_4k needs regions: a dataset of shard/regions4096, or slides with "
+            "patches.region_patches=16."
         )
     if stride_px != patch:
         raise UsageError(

@@ -30,7 +30,13 @@ Bools = npt.NDArray[np.bool_]
 
 _GPU_BATCH, _CPU_BATCH = 256, 16
 _REGIONS_AT_ONCE = 8
+_STORED_AS = {"local": "patches", "global": "region"}  # `global` is no attribute in Python
 _WHITE = 255
+
+
+def batch_size(spec: EncoderSpec, *, gpu: bool) -> int:
+    """Patches that go through an encoder together."""
+    return spec.batch_size or (_GPU_BATCH if gpu else _CPU_BATCH)
 
 
 class Encoder:
@@ -39,7 +45,7 @@ class Encoder:
     def __init__(self, spec: EncoderSpec, device: str) -> None:
         self.spec = spec
         self.device = torch.device(device)
-        self.batch_size = spec.batch_size or (_GPU_BATCH if self.device.type == "cuda" else _CPU_BATCH)
+        self.batch_size = batch_size(spec, gpu=self.device.type == "cuda")
         self._model, self.digests = _load(spec)
         self._model.eval().requires_grad_(False).to(self.device)
         self._embed = _embedding(self._model, spec)
@@ -53,7 +59,8 @@ class Encoder:
         )
         self._scale, self._shift = scale, shift
         self._white: Floats | None = None
-        self.dim = len(self._one_white())
+        one = torch.zeros((1, spec.input_px, spec.input_px, 3), dtype=torch.uint8)
+        self.dim = self.patches(one).shape[1]
 
     @torch.inference_mode()
     def patches(self, images: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ class Encoder:
     def named(self, outputs: dict[str, Any]) -> dict[str, Any]:
         """Outputs of regions under their names in a store."""
         first = self.spec.outputs[0]
-        return {"embedding" if name == first else name: value for name, value in outputs.items()}
+        return {"embedding" if name == first else _STORED_AS.get(name, name): value for name, value in outputs.items()}
 
 
 def _load(spec: EncoderSpec) -> tuple[nn.Module, dict[str, str]]:

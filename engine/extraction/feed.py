@@ -88,4 +88,3 @@ def batches(
 
 def _empty(batch_size: int, px: int, pinned: bool) -> Batch:
     return Batch(torch.zeros((batch_size, px, px, 3), dtype=torch.uint8, pin_memory=pinned))
-

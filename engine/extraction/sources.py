@@ -167,7 +167,9 @@ class ReadSlide:
             with self._slide() as slide:
                 for place in range(start, stop):
                     try:
-                        fitted(self._pixels(slide, cells[place], window_x[place], window_y[place]), out[place], self._fit)
+                        fitted(
+                            self._pixels(slide, cells[place], window_x[place], window_y[place]), out[place], self._fit
+                        )
                     except DamagedTileError as error:
                         damaged[first + place] = str(error)
             return damaged
