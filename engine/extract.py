@@ -1,8 +1,9 @@
 """`engine extract`: a dataset or slides to a store of embeddings, on Ray or in local processes.
 
-Slides are the unit: each is written whole, and a rerun does those that are missing. What is stored does not depend on
-workers, retries or interruptions, but for the last bits of a sum: batches of one shape are computed alike whatever else
-lies in them on the CPU (tested to the bit), and to float16's rounding wherever a library promises no more.
+Slides are the unit: each is written whole, and a rerun does those that are missing. All batches have one shape. With
+one core a worker, on the CPU, what is stored is the same to the bit whatever the workers, the jobs, the order of the
+dataset and the interruptions; with several cores, or on a GPU, a patch's place in its batch decides the order of some
+sums, and it is the same to the rounding of float16.
 """
 
 from __future__ import annotations

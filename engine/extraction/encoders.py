@@ -1,7 +1,8 @@
 """Encoders: uint8 patches to embeddings, and grids of them to embeddings of regions.
 
-Every batch has the same shape, the last one filled up, so that the same kernels compute it: what comes out for a patch
-hangs on the patch, not on its neighbours, its place or the number of workers.
+Every batch has the same shape, the last one filled up, so that the same kernels compute it: with one thread a patch's
+embedding is the same to the bit whatever its neighbours and its place; with more, places are shared out among threads,
+and it is the same but for the order of sums.
 """
 
 from __future__ import annotations

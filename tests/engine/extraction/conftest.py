@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from engine import extract, shard
+from engine.cluster import Finished
 from engine.config import apply_overrides, read_recipe
 from engine.extract_recipe import ExtractRecipe, build_extract_recipe
 from engine.recipes import ShardRecipe
@@ -25,8 +27,31 @@ TINY = {"variant": "tiny", "depth": 2}
 
 
 def _recipe(out: Path, *settings: str, recipe: str = "extract/tiny", **places: Any) -> ExtractRecipe:
-    given = [f"{key}={value}" for key, value in {"out": out, "workers": 1, **places}.items()]
+    given = [f"{key}={value}" for key, value in {"out": out, "workers": 1, "cores_per_worker": 1, **places}.items()]
     return build_extract_recipe(apply_overrides(read_recipe("extract", recipe), [*given, *settings]))
+
+
+def _in_this_process(make: Any, jobs: deque[Any], **_: Any) -> Iterator[Finished[Any, Any]]:
+    function = make(0)
+    while jobs:
+        job = jobs.popleft()
+        yield Finished(job, function(job))
+
+
+def _run_here(recipe: ExtractRecipe) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract, "fan_out_to_workers", _in_this_process)
+        try:
+            return extract.run(recipe)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[[ExtractRecipe], dict[str, Any]]:
+    """extract.run with the worker in this process: no process has to import torch."""
+    return _run_here
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +64,7 @@ def make_extract() -> Callable[..., ExtractRecipe]:
 def extracted(sharded: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of `sharded` by extract/tiny. Read it, never write to it."""
     out = tmp_path_factory.mktemp("extracted") / "store"
-    extract.run(_recipe(out, dataset=sharded[0]), local=True)
+    _run_here(_recipe(out, dataset=sharded[0]))
     return out
 
 
