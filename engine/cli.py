@@ -302,6 +302,19 @@ def bench_step(
     _bench("step", cases, rounds, quick, work, results, json)
 
 
+@bench.command("extract", epilog="Example: engine bench extract --work /scratch/bench --cases one_layer")
+def bench_extract(
+    cases: Cases = "",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    work: Work = None,
+    results: Results = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Measure patches to embeddings beside the encoder alone and a DataLoader with PIL for each slide."""
+    _bench("extract", cases, rounds, quick, work, results, json)
+
+
 def _bench(name: str, cases: str, rounds: int, quick: bool, work: Path | None, results: Path, json: bool) -> None:
     def measure() -> tuple[dict[str, Any], str]:
         from engine import bench as verb

@@ -236,8 +236,8 @@ def _trained_mpp(recipe: ExtractRecipe, infos: list[WeightsInfo]) -> float | Non
         known = recipe.trained_mpp or next(iter(stated))
         if abs(known / mpp - 1) > SPACING_TOLERANCE and "spacing" not in recipe.override:
             raise UsageError(
-                f"trained_mpp={known:g}: the weights' metadata say {mpp:g} um/px; leave the key out (trained_mpp=null), "
-                "or override=spacing."
+                f"trained_mpp={known:g}: the weights' metadata say {mpp:g} um/px; leave the key out "
+                "(trained_mpp=null), or override=spacing."
             )
     if recipe.trained_mpp is None and not stated and recipe.weights != RANDOM and "spacing" not in recipe.override:
         raise UsageError("the weights' metadata state no spacing; give trained_mpp=0.5 (um/px), or override=spacing.")

@@ -41,7 +41,10 @@ def batch_size(spec: EncoderSpec, *, gpu: bool) -> int:
 
 
 class Encoder:
-    """An encoder on a device. `digests` are those of its weights by their key in the recipe."""
+    """An encoder on a device. `digests` are those of its weights by their key in the recipe.
+
+    `embed` is the bare model: normalised images float [B, 3, S, S] to embeddings [B, dim].
+    """
 
     def __init__(self, spec: EncoderSpec, device: str) -> None:
         self.spec = spec
@@ -49,7 +52,7 @@ class Encoder:
         self.batch_size = batch_size(spec, gpu=self.device.type == "cuda")
         self._model, self.digests = _load(spec)
         self._model.eval().requires_grad_(False).to(self.device)
-        self._embed = _embedding(self._model, spec)
+        self.embed = _embedding(self._model, spec)
         # Of whole rows of pixels, three channels after each other: a long inner loop, where three would be a short one.
         scale, shift = (
             torch.tensor(values, dtype=torch.float32, device=self.device).repeat(spec.input_px)
@@ -71,8 +74,8 @@ class Encoder:
         """
         rows = images.to(self.device, non_blocking=True).flatten(2).flatten(0, 1)
         pixels = torch.addcmul(self._shift, rows.float(), self._scale).view(images.shape)
-        with self._precision():
-            return self._embed(rearrange(pixels, "b h w c -> b c h w")).float()
+        with self.precision():
+            return self.embed(rearrange(pixels, "b h w c -> b c h w")).float()
 
     @torch.inference_mode()
     def regions(self, patches: Floats, present: Bools) -> dict[str, Floats]:
@@ -108,7 +111,7 @@ class Encoder:
                 padded = np.resize(chosen, _REGIONS_AT_ONCE)
                 grids = rearrange(torch.from_numpy(patches[padded]), "b (r c) d -> b d r c", r=self.spec.side)
                 mask = torch.from_numpy(present[padded]).to(self.device) if masked else None
-                with self._precision():
+                with self.precision():
                     embedded = region_vit(grids.to(self.device), mask=mask).float()
                 out[chosen] = embedded.cpu().numpy()[: len(chosen)]
         return out
@@ -121,7 +124,8 @@ class Encoder:
             self._white = self.patches(images)[0].cpu().numpy()
         return self._white
 
-    def _precision(self) -> AbstractContextManager[object]:
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which `embed` computes."""
         bf16 = self.spec.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 

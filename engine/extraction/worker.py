@@ -82,7 +82,7 @@ class Extractor:
         device = f"cuda:{number % torch.cuda.device_count()}" if spec.gpu else "cpu"
         if not spec.gpu:
             torch.set_num_threads(spec.threads)
-        self._encoder = self.make_encoder(spec.encoder, device)
+        self.encoder = self.make_encoder(spec.encoder, device)
         self._turn = threading.Lock()
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="patches")
         self._reader: SampleReader | None = None
@@ -114,7 +114,7 @@ class Extractor:
     def embed(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Embed a batch, float32 [filled, dim]."""
         with self._turn:
-            found = self._encoder.patches(batch.images)
+            found = self.encoder.patches(batch.images)
         return found.cpu().numpy()[: batch.filled]
 
     def write(self, begun: _Begun) -> SlideResult:
@@ -145,7 +145,7 @@ class Extractor:
         keep[list(slide.damaged)] = False
         rows: pa.Table = slide.open.rows.filter(pa.array(keep))
         xy0, embeddings = slide.open.xy0[keep], begun.embeddings[keep]
-        spec, encoder = self._spec.encoder, self._encoder
+        spec, encoder = self._spec.encoder, self.encoder
         if spec.side is None:
             arrays: dict[str, Any] = {"embedding": embeddings}
         else:
@@ -172,7 +172,7 @@ class _Run:
 
     def results(self) -> list[SlideResult]:
         worker = self._worker
-        spec, encoder = worker._spec, worker._encoder
+        spec, encoder = worker._spec, worker.encoder
         feed = batches(
             self._slides(),
             worker._pool,
@@ -206,7 +206,7 @@ class _Run:
                     SlideResult(task.slide_id, "quarantined", reason_of(error), host=socket.gethostname())
                 )
                 continue
-            self._begun[slide] = _Begun(slide, np.empty((slide.patches, self._worker._encoder.dim), np.float32))
+            self._begun[slide] = _Begun(slide, np.empty((slide.patches, self._worker.encoder.dim), np.float32))
             yield slide
 
     def _take(self, batch: Batch, embeddings: np.ndarray[Any, np.dtype[np.float32]]) -> None:

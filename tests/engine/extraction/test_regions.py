@@ -92,7 +92,7 @@ def test_the_array_embedding_is_the_first_output(
 def test_a_real_slide_in_regions(
     real_slide: Path, make_extract: Callable[..., Any], run_here: Any, tmp_path: Path
 ) -> None:
-    """2220 x 2967 px hold 8 x 11 whole patches of 256 px: one column and one row of regions of 4 x 4 more are partial."""
+    """2220 x 2967 px hold 8 x 11 whole patches of 256 px: the last row of regions of 4 x 4 is partial."""
     settings = (*ENCODER, "patches.region_patches=4", "outputs=local,global")
     run_here(make_extract(tmp_path / "store", *settings, slides=real_slide, recipe="extract/hipt_4k"))
     (slide,) = open_store(tmp_path / "store").values()
