@@ -53,15 +53,16 @@ class Encoder:
         self._model, self.digests = _load(spec)
         self._model.eval().requires_grad_(False).to(self.device)
         self.embed = _embedding(self._model, spec)
-        # Of whole rows of pixels, three channels after each other: a long inner loop, where three would be a short one.
         scale, shift = (
-            torch.tensor(values, dtype=torch.float32, device=self.device).repeat(spec.input_px)
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1)
             for values in (
                 [1 / (255 * std) for std in spec.std],
                 [-mean / std for mean, std in zip(spec.mean, spec.std, strict=True)],
             )
         )
         self._scale, self._shift = scale, shift
+        # Kept from batch to batch: fresh memory costs more than what is done with it.
+        self._pixels = torch.empty((0, 3, spec.input_px, spec.input_px), device=self.device)
         self._white: Floats | None = None
         one = torch.zeros((1, spec.input_px, spec.input_px, 3), dtype=torch.uint8)
         self.dim = self.patches(one).shape[1]
@@ -72,10 +73,12 @@ class Encoder:
 
         On a GPU it returns before that is computed.
         """
-        rows = images.to(self.device, non_blocking=True).flatten(2).flatten(0, 1)
-        pixels = torch.addcmul(self._shift, rows.float(), self._scale).view(images.shape)
+        if len(self._pixels) != len(images):
+            self._pixels = self._pixels.new_empty((len(images), *self._pixels.shape[1:]))
+        self._pixels.copy_(rearrange(images.to(self.device, non_blocking=True), "b h w c -> b c h w"))
+        self._pixels.mul_(self._scale).add_(self._shift)
         with self.precision():
-            return self.embed(rearrange(pixels, "b h w c -> b c h w")).float()
+            return self.embed(self._pixels).float()
 
     @torch.inference_mode()
     def regions(self, patches: Floats, present: Bools) -> dict[str, Floats]:

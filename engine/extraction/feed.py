@@ -39,20 +39,24 @@ class Part:
 
 @dataclass(slots=True)
 class Batch:
-    """uint8 [batch_size, px, px, 3] and what lies in it."""
+    """uint8 [batch_size, px, px, 3] and what lies in it: `filled` patches, and behind them anything.
+
+    It belongs to whoever took it until the next one is taken.
+    """
 
     images: torch.Tensor
     parts: list[Part] = field(default_factory=list)
     filled: int = 0
 
-    def wait(self) -> None:
-        """Wait until it is read; slides that cannot be read have failed then."""
+    def read(self) -> Batch:
+        """Itself once it is read; slides that cannot be read have failed then."""
         for part in self.parts:
             for task in part.tasks:
                 try:
                     part.slide.damaged |= task.result()
                 except Exception as error:
                     part.slide.failure = part.slide.failure or reason_of(error)
+        return self
 
 
 def batches(
@@ -60,10 +64,17 @@ def batches(
 ) -> Iterator[Batch]:
     """Read slides one after the other and yield their batches, `ahead` of which are being read meanwhile.
 
-    The rest of a slide that has failed is not read. A slide's own errors never leave here; `Batch.wait` notes them.
+    The rest of a slide that has failed is not read. A slide's own errors never leave here; `Batch.read` notes them.
     """
     pending: deque[Batch] = deque()
-    batch = _empty(batch_size, px, pinned)
+    spare: list[torch.Tensor] = []  # what was used once: fresh memory costs as much as decoding into it
+
+    def empty() -> Batch:
+        return Batch(
+            spare.pop() if spare else torch.zeros((batch_size, px, px, 3), dtype=torch.uint8, pin_memory=pinned)
+        )
+
+    batch = empty()
     for slide in slides:
         first = 0
         while first < slide.patches and not slide.failure:
@@ -74,17 +85,11 @@ def batches(
             first += count
             if batch.filled == batch_size:
                 pending.append(batch)
-                batch = _empty(batch_size, px, pinned)
+                batch = empty()
             while len(pending) > ahead:
-                ready = pending.popleft()
-                ready.wait()
-                yield ready
+                yield (ready := pending.popleft().read())
+                spare.append(ready.images)
     if batch.filled:
         pending.append(batch)
     for ready in pending:
-        ready.wait()
-        yield ready
-
-
-def _empty(batch_size: int, px: int, pinned: bool) -> Batch:
-    return Batch(torch.zeros((batch_size, px, px, 3), dtype=torch.uint8, pin_memory=pinned))
+        yield ready.read()
