@@ -32,6 +32,7 @@ from engine.figures import as_count, as_duration, as_size
 from engine.runtime import usable_cores
 from engine.slide_list import absolute
 from engine.stores import StoreDamagedError, begin_store, finish_store, open_store
+from engine.stores.layout import sweep_slides
 from sharding.atomic import atomic_path, sweep_temporary
 from sharding.lock import folder_lock
 from sharding.stage import missing_paths
@@ -79,6 +80,7 @@ def run(recipe: ExtractRecipe, *, local: bool = False, address: str | None = Non
         with atomic_path(out / "recipe.yaml") as temporary:
             temporary.write_text(dump(recipe), encoding="utf-8")
         shutil.rmtree(work)
+        sweep_slides(out)
         kept = _other_failures(out, {task.slide_id for task in tasks})
         stored = [*kept, *({"slide_id": key, "reason": reason} for key, reason in failures.items())]
         meta = finish_store(out, failures=stored)
