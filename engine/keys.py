@@ -14,20 +14,20 @@ from engine.config import section
 
 def describe_keys(verb: str) -> str:
     """The keys of the verb's recipe, one per paragraph line, for a terminal."""
-    from engine.evaluate_recipe import ENCODERS, EvaluateRecipe
+    from engine import evaluate_recipe, extract_recipe
     from engine.recipes import ShardRecipe, TrainRecipe
     from models.config import MODEL_CONFIGS
 
     if verb == "shard":
         return "\n".join(_lines(ShardRecipe))
-    if verb == "evaluate":
-        lines = _lines(EvaluateRecipe)
-        for name in ENCODERS:
-            lines += ["", f"encoder.name={name}:", *_lines(MODEL_CONFIGS[name], "encoder.")]
-        return "\n".join(lines)
-    lines = _lines(TrainRecipe)
-    for name, config in MODEL_CONFIGS.items():
-        lines += ["", f"model.name={name}:", *_lines(config, "model.")]
+    recipe, name, models = {
+        "train": (TrainRecipe, "model", tuple(MODEL_CONFIGS)),
+        "extract": (extract_recipe.ExtractRecipe, "encoder", tuple(extract_recipe.ENCODERS)),
+        "evaluate": (evaluate_recipe.EvaluateRecipe, "encoder", tuple(evaluate_recipe.ENCODERS)),
+    }[verb]
+    lines = _lines(recipe)
+    for model in models:
+        lines += ["", f"{name}.name={model}:", *_lines(MODEL_CONFIGS[model], f"{name}.")]
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ SOLE_IMPORTER = {
     "zarr": "engine/stores/zarr_store.py",
 }
 # The same for libraries that the benchmarks also measure by themselves, in one module of theirs.
-PEER = {"nvidia": "benchmarks/dali_peers.py"}
+PEER = {"nvidia": "benchmarks/dali_peers.py", "ray": "benchmarks/extract_cluster.py"}
 FORBIDDEN = {
     "sharding": {"torch", "torchvision", "ray", "nvidia", "timm", "zarr", "pydantic", "typer"},
     "models": {"ray", "nvidia", "cucim", "openslide", "zarr", "pyarrow"},

@@ -398,7 +398,7 @@ import sys
 import torch
 from engine import train as verb
 from engine.config import apply_overrides, read_recipe
-from engine.recipes import build_train_recipe
+from engine.train_recipe import build_train_recipe
 
 SETTINGS = sys.argv[1:]
 train_rank = verb.train_rank

@@ -23,7 +23,20 @@ from engine import shard, synth
 from engine.recipes import ShardRecipe
 
 # Recipe -> settings that make it quick. Their numbers are compared to the bit.
-RECIPES = {"train/vittm_hmr_tiny": ("model.dim=32", "model.depth=2")}
+RECIPES = {
+    "train/vittm_hmr_tiny": ("model.dim=32", "model.depth=2"),
+    "train/hipt_patch_dino_tiny": (
+        "model.dim=24",
+        "model.depth=2",
+        "crop_px=64",
+        "dino.small_px=32",
+        "dino.num_small=2",
+        "dino.out_dim=64",
+        "dino.hidden_dim=32",
+        "dino.bottleneck_dim=16",
+        "dino.drop_path=0.2",
+    ),
+}
 COMMON = ("steps=60", "checkpoint_every=10", "batch_size=6", "optim.warmup_steps=5")
 Straight = Callable[[str, int], Path]
 
@@ -280,7 +293,7 @@ from pathlib import Path
 import nvidia.dali.fn, torch
 from engine import train
 from engine.config import apply_overrides, read_recipe
-from engine.recipes import build_train_recipe
+from engine.train_recipe import build_train_recipe
 from engine.data import open_loader
 from models import build_model
 from sharding import faults
