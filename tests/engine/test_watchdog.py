@@ -108,7 +108,7 @@ def test_a_rank_that_waits_names_the_one_behind_and_keeps_its_stack(tmp_path: Pa
     late = Heartbeat(0, "here", 1, 7, COLLECTIVE, time.time() + 1000)
     ended = _Ended()
     watchdog = Watchdog(0, 0.5, folder=tmp_path, world_size=2, end=ended)
-    watchdog._publish = lambda what, error="": (folder / "rank-00000.json").write_text(  # type: ignore[method-assign]
+    watchdog._publish = lambda what, error="": (folder / "rank-00000.json").write_text(  # type: ignore[method-assign, assignment]
         json.dumps({name: getattr(late, name) for name in late.__slots__})
     )
     text, stack = _stall(watchdog, ended)
