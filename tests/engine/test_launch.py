@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,9 +73,8 @@ def start(dataset: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield starting
     for process in started:
-        if process.poll() is None:
+        with process, contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 def _finish(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
