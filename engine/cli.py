@@ -154,7 +154,7 @@ def _show_template(name: str | None) -> None:
 
 
 @app.command(
-    epilog="Examples: engine train train/vittm_hmr_tiny dataset=dataset run=runs/first steps=60 processes=2;    "
+    epilog="Example: engine train train/vittm_hmr_tiny dataset=dataset run=runs/first steps=60 processes=2;    "
     "on two machines, the same on each: engine train RECIPE dataset=D run=R --nnodes 2 --rdzv HOST:29400 --resume;    "
     "under torchrun: torchrun --nproc-per-node 8 --no-python engine train RECIPE dataset=D run=R --resume;    "
     "under SLURM: engine train --template slurm_requeue > job.sbatch"

@@ -125,7 +125,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(self._tick):
             frame = sys._current_frames().get(self._main)
-            self._publish(doing(frame))
+            what = doing(frame)
+            self._publish(what if self._world_size > 1 else what.removeprefix(f"{_COLLECTIVE} "))
             if not self._seconds:
                 continue
             allowed = self._seconds * (_FIRST_STEP if self._step is None else 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,9 +73,8 @@ def start(dataset: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield starting
     for process in started:
-        if process.poll() is None:
+        with process, contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 def _finish(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
@@ -178,7 +178,7 @@ def test_after_a_kill_of_the_launcher_no_rank_of_a_restart_lives_on(start: Start
     ("point", "said"), [("train.step:6", "in fault_point"), ("loader.read:20", "waiting for data at engine/data/")]
 )
 def test_a_rank_that_stalls_is_named_and_ends_the_run(start: Start, point: str, said: str) -> None:
-    process = start("processes=2", "watchdog_s=8", ENGINE_FAULT=f"{point}:stall", ENGINE_FAULT_RANK="1")
+    process = start("processes=2", "watchdog_s=15", ENGINE_FAULT=f"{point}:stall", ENGINE_FAULT_RANK="1")
     _, errors = _finish(process, 1)
     (told,) = [line for line in errors.splitlines() if line.startswith("engine:")]
     assert told.startswith("engine: rank 1 on ")
@@ -190,7 +190,7 @@ def test_a_rank_that_stalls_is_named_and_ends_the_run(start: Start, point: str, 
 
 @pytest.mark.slow
 def test_a_stall_without_a_launcher_ends_the_process(start: Start) -> None:
-    process = start("processes=1", "watchdog_s=4", ENGINE_FAULT="train.step:6:stall")
+    process = start("processes=1", "watchdog_s=15", ENGINE_FAULT="train.step:6:stall")
     _, errors = _finish(process, 1)
     assert "engine: rank 0 on " in errors
     assert "stalls after step 5, at sharding/faults.py" in errors
