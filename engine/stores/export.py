@@ -225,11 +225,11 @@ def _encoder_name(store: Store) -> str:
 def _patch_attributes(slide: SlideEmbeddings) -> dict[str, int]:
     """What CLAM and TRIDENT say of a slide's patches, as far as it is known here."""
     known = slide.attributes
-    read = {
-        column: slide.rows[column][0]
-        for column in ("level", "read_px", "mpp")
-        if column in slide.rows.columns and slide.rows[column].n_unique() == 1
+    table = slide.table
+    values = {
+        name: table[name].unique().to_pylist() for name in ("level", "read_px", "mpp") if name in table.schema.names
     }
+    read = {name: found[0] for name, found in values.items() if len(found) == 1}
     patch_px = known.get("patch_px", read.get("read_px"))
     patch_px0 = known.get("patch_px0", read.get("read_px") if read.get("level") == 0 else None)
     found = {
