@@ -139,6 +139,61 @@ def test_coords_say_what_is_known_of_the_patches(
         assert dict(file["coords"].attrs) == {"name": "s", **expected}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "columns", "expected"),
+    [
+        # 256 of level 1 of a 40x slide, with an overlap of 64.
+        (
+            {"context_px": 256, "stride_px": 192, "region_patches": None},
+            {"col": [3, 5], "row": [7, 7], "level": [1, 1], "read_px": [256, 256], "mpp": [0.5, 0.5]},
+            {
+                "patch_size": 256,
+                "patch_size_level0": 512,
+                "overlap": 64,
+                "patch_level": 1,
+                "target_magnification": 20,
+                "level0_magnification": 40,
+            },
+        ),
+        # Regions of 16 x 16 of these, whose rows tell the patches' read_px; resampled from level 0.
+        (
+            {"context_px": 256, "stride_px": 256, "region_patches": 16},
+            {
+                "col": [1, 1],
+                "row": [0, 1],
+                "level": [0, 0],
+                "read_px": [384, 384],
+                "mpp": [0.5, 0.5],
+                "patches": [9, 9],
+            },
+            {
+                "patch_size": 4096,
+                "patch_size_level0": 6144,
+                "overlap": 0,
+                "target_magnification": 20,
+                "level0_magnification": 20,
+            },
+        ),
+        # One cell alone does not tell how far the next one is.
+        (
+            {"context_px": 256, "stride_px": 256, "region_patches": None},
+            {"col": [1, 1], "row": [2, 2], "level": [1, 1], "read_px": [256, 256], "mpp": [0.5, 0.5]},
+            {"patch_size": 256, "overlap": 0, "patch_level": 1, "target_magnification": 20},
+        ),
+    ],
+)
+def test_the_grid_tells_how_large_patches_are_at_level_0(
+    recipe: dict[str, Any], columns: dict[str, Any], expected: dict[str, int], tmp_path: Path, make_store: Any
+) -> None:
+    step = {192: 384, 256: 6144}[recipe["stride_px"]]
+    cells = np.stack([columns["col"], columns["row"]], axis=1)
+    arrays = {"embedding": np.zeros((2, 3), np.float32), "xy0": (cells * step + 7).astype(np.int32)}
+    make_store(tmp_path / "store", {"s": (arrays, pa.table(columns), {})}, patches={"recipe": recipe})
+    run(tmp_path / "store", tmp_path / "out", format="clam_h5")
+    with h5py.File(tmp_path / "out" / "s.h5") as file:
+        assert dict(file["coords"].attrs) == {"name": "s", **expected}
+
+
 @pytest.mark.parametrize("array", ["embedding", "local"])
 @pytest.mark.parametrize("order", ["store", "name"])
 @pytest.mark.parametrize("buffer", [1, 1 << 28])
