@@ -12,6 +12,7 @@ from engine.stores.layout import ROWS_FILE, SLIDES, folder_name, read_file, read
 from sharding.atomic import atomic_path
 
 _ROW_GROUP = 1 << 17
+_MOST_TABLES = 1000  # a table of a few rows takes kilobytes
 
 
 def survey(store: Path) -> tuple[list[dict[str, Any]], pa.Schema]:
@@ -25,7 +26,7 @@ def survey(store: Path) -> tuple[list[dict[str, Any]], pa.Schema]:
     for folder in slide_folders(store):
         record, sha256 = read_record(folder)
         slides.append({"slide_id": record["slide_id"], "rows": record["rows"], "sha256": sha256})
-        schemas.setdefault(_read_rows(folder, record).schema, record["slide_id"])
+        schemas.setdefault(_rows_file(folder, record).schema_arrow, record["slide_id"])
     schema = pa.schema([("slide_id", pa.string())])
     for other, slide_id in schemas.items():
         try:
@@ -44,13 +45,13 @@ def merge_rows(store: Path, slide_ids: list[str], schema: pa.Schema) -> None:
         waiting, num_rows = [schema.empty_table()], 0
         for slide_id in slide_ids:
             folder = store / SLIDES / folder_name(slide_id)
-            waiting.append(_read_rows(folder, read_record(folder)[0]))
+            waiting.append(_rows_file(folder, read_record(folder)[0]).read(use_threads=False))
             num_rows += waiting[-1].num_rows
-            if num_rows >= _ROW_GROUP:
+            if num_rows >= _ROW_GROUP or len(waiting) >= _MOST_TABLES:
                 writer.write_table(pa.concat_tables(waiting, promote_options="permissive"))
                 waiting, num_rows = [schema.empty_table()], 0
         writer.write_table(pa.concat_tables(waiting, promote_options="permissive"))
 
 
-def _read_rows(folder: Path, record: dict[str, Any]) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_file(folder, ROWS_FILE, record["files"][ROWS_FILE]["sha256"])))
+def _rows_file(folder: Path, record: dict[str, Any]) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.BufferReader(read_file(folder, ROWS_FILE, record["files"][ROWS_FILE]["sha256"])))

@@ -256,7 +256,7 @@ class SlideEmbeddings:
     @property
     def table(self) -> pa.Table:
         """M rows; row i describes row i of every array."""
-        return pq.read_table(pa.BufferReader(self._read(ROWS_FILE)))
+        return pq.ParquetFile(pa.BufferReader(self._read(ROWS_FILE))).read(use_threads=False)
 
     @property
     def rows(self) -> pl.DataFrame:
