@@ -214,10 +214,12 @@ def extract(
 
 @app.command(epilog="Example: engine verify dataset --json")
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="a dataset written by `engine shard`")],
+    dataset: Annotated[
+        Path, typer.Argument(help="a dataset written by `engine shard`, or a store written by `engine extract`")
+    ],
     json: Json = False,
 ) -> None:
-    """Read every byte of a dataset and name what has changed since it was written."""
+    """Read every byte of a dataset or a store and name what has changed since it was written."""
 
     def work() -> tuple[dict[str, Any], str]:
         from engine import verify as verb
@@ -229,6 +231,31 @@ def verify(
     if code is Exit.DONE and not result["ok"]:
         code = Exit.FAILED
     _finish(result, text, code, json)
+
+
+@app.command(epilog="Example: engine export store --format clam_h5 --out features")
+def export(
+    store: Annotated[Path, typer.Argument(help="a store written by `engine extract`")],
+    format: Annotated[str, typer.Option(help="hipt_pt, hipt_region_pt, clam_h5 or parquet")],
+    out: Annotated[Path, typer.Option(help="folder for the files")],
+    slides: Annotated[str, typer.Option(help="ids with commas between, or a CSV with a column slide_id")] = "",
+    array: Annotated[str, typer.Option(help="which array of the store")] = "embedding",
+    order: Annotated[
+        str | None, typer.Option(help="of a slide's rows: store, or name (of X_Y, as HIPT's; default of hipt_pt)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another export in the folder")] = False,
+    json: Json = False,
+) -> None:
+    """Write embeddings as other programs read them: HIPT's .pt, CLAM's and TRIDENT's .h5, Parquet."""
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine.stores import export as verb
+
+        chosen = verb.slide_names(slides) if slides else None
+        result = verb.run(store, out, format=format, slides=chosen, array=array, order=order, overwrite=overwrite)
+        return result, verb.describe(result)
+
+    _finish(*_guard(work), json)
 
 
 @app.command(epilog="Example: engine report dataset --out report.html")

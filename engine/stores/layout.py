@@ -53,9 +53,35 @@ def folder_name(slide_id: str) -> str:
 
 def slide_id_of(folder: Path) -> str:
     """The slide whose folder this is: `folder_name` backwards."""
-    if "~" not in folder.name:
-        return unquote(folder.name, errors="strict")
-    return str(json.loads((folder / SLIDE_FILE).read_text(encoding="utf-8"))["slide_id"])
+    return unquote(folder.name, errors="strict") if "~" not in folder.name else str(read_record(folder)[0]["slide_id"])
+
+
+def damaged(folder: Path, reason: str) -> StoreDamagedError:
+    """The error for a slide's folder that is not what was written."""
+    return StoreDamagedError(
+        f"{folder}: {reason}. Remove this folder and run the same `engine extract` again; "
+        f"`engine verify {folder.parent.parent}` finds all damage."
+    )
+
+
+def read_file(folder: Path, name: str, sha256: str | None = None) -> bytes:
+    """A file of a slide's folder. Raises StoreDamagedError where it is missing or has another SHA-256."""
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise damaged(folder, f"{name} has changed since it was written (SHA-256)")
+    return data
+
+
+def read_record(folder: Path, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+    """What slide.json says, and its SHA-256. Raises StoreDamagedError."""
+    data = read_file(folder, SLIDE_FILE, sha256)
+    try:
+        return dict(json.loads(data)), hashlib.sha256(data).hexdigest()
+    except ValueError as error:
+        raise damaged(folder, f"{SLIDE_FILE} is no JSON: {error}") from None
 
 
 def slide_folders(store: Path) -> list[Path]:
@@ -73,9 +99,12 @@ def temporary_folder(store: Path) -> Path:
 def sweep_slides(store: Path) -> None:
     """Remove what interrupted writers left. One that is still at work loses its folder and fails: no half is kept."""
     for path in (store / SLIDES).glob(f"{TEMPORARY_PREFIX}*"):
-        doomed = temporary_folder(store)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        if path.is_dir():
+            doomed = temporary_folder(store)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        else:
+            path.unlink()
 
 
 def commit_slide(temporary: Path, folder: Path) -> bool:
@@ -96,6 +125,11 @@ def commit_slide(temporary: Path, folder: Path) -> bool:
     fault_point("store.after_rename")
     fsync_folder(folder.parent)
     return True
+
+
+def is_store(path: Path) -> bool:
+    """Whether a store was begun in this folder, or finished."""
+    return (path / GROUP_FILE).exists() or (path / STORE_FILE).exists()
 
 
 def content_digest(meta: dict[str, Any]) -> str:

@@ -6,9 +6,7 @@ the slides that readers see: a store to which slides are added stays what it was
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -16,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.stores.checks import Array, checked_arrays, checked_rows, difference, float_dtype
 from engine.stores.layout import (
     DIGESTED_FILES,
     FORMAT_VERSION,
@@ -31,14 +29,18 @@ from engine.stores.layout import (
     StoreDamagedError,
     commit_slide,
     content_digest,
+    damaged,
     folder_name,
+    read_file,
     read_meta,
+    read_record,
     slide_folders,
     slide_id_of,
     sweep_slides,
     temporary_folder,
 )
-from sharding.atomic import atomic_path, write_json
+from engine.stores.merging import merge_rows, survey
+from sharding.atomic import json_text, sweep_temporary, write_json
 from sharding.dataset import file_sha256
 from sharding.faults import fault_point
 from sharding.index import write_parquet
@@ -46,11 +48,8 @@ from sharding.index import write_parquet
 if TYPE_CHECKING:
     import polars as pl
 
-Array = npt.NDArray[Any]
-
 # An inner chunk: what one read of few rows costs, and the unit of compression and checksum.
 _CHUNK_BYTES = 1 << 20
-_ROW_GROUP = 1 << 17
 _FOREIGN = ("dataset.json", SLIDES, ROWS_FILE, STORE_FILE)
 
 
@@ -65,29 +64,30 @@ def begin_store(path: Path, identity: Mapping[str, Any]) -> None:
     Raises ValueError where the identity is another, or the folder holds something else.
     """
     given = {"format_version": FORMAT_VERSION, "identity": json.loads(json.dumps(dict(identity), allow_nan=False))}
-    _float_dtype(given["identity"])
+    float_dtype(given["identity"])
     path.mkdir(parents=True, exist_ok=True)
     if (path / GROUP_FILE).exists():
-        difference = _difference(_group_attributes(path), given)
-        if difference is not None:
-            key, found, expected = difference
+        found = difference(_group_attributes(path), given)
+        if found is not None:
+            key, was, now = found
             raise ValueError(
-                f"{path} was begun with {key} = {json.dumps(found)}, now it is {json.dumps(expected)}: "
+                f"{path} was begun with {key} = {json.dumps(was)}, now it is {json.dumps(now)}: "
                 "embeddings of two kinds do not go into one store; give another folder."
             )
     else:
         foreign = [name for name in _FOREIGN if (path / name).exists()]
         if foreign:
             raise ValueError(f"{path} holds {foreign[0]}, and is no store of embeddings: give another folder.")
-        _write_group(path, given)
+        write_json(path / GROUP_FILE, _group(given))
     (path / SLIDES).mkdir(exist_ok=True)
     if not (path / SLIDES / GROUP_FILE).exists():
-        _write_group(path / SLIDES, {})
+        write_json(path / SLIDES / GROUP_FILE, _group({}))
+    sweep_temporary(path)
     sweep_slides(path)
 
 
-def _write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
-    write_json(folder / GROUP_FILE, {"attributes": attributes, "node_type": "group", "zarr_format": 3})
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
 
 
 def _group_attributes(folder: Path) -> dict[str, Any]:
@@ -97,24 +97,6 @@ def _group_attributes(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no {GROUP_FILE}: call begin_store first.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreDamagedError(f"{folder / GROUP_FILE} is damaged: {error}") from None
-
-
-def _difference(found: Any, expected: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """(key, found, expected) of the first value that differs; None where all are equal."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            inner = _difference(found.get(key), expected.get(key), f"{prefix}.{key}" if prefix else key)
-            if inner is not None:
-                return inner
-        return None
-    return None if found == expected else (prefix.removeprefix("identity."), found, expected)
-
-
-def _float_dtype(identity: Mapping[str, Any]) -> np.dtype[Any]:
-    name = identity.get("dtype", "float16")
-    if name not in ("float16", "float32"):
-        raise ValueError(f"dtype {name}: embeddings are stored as float16 or float32.")
-    return np.dtype(name)
 
 
 def finished_slides(path: Path) -> set[str]:
@@ -140,13 +122,13 @@ def write_slide(
     if folder.is_dir():
         _check_same_slide(folder, slide_id)
         return
-    dtype = _float_dtype(_group_attributes(path)["identity"])
-    stored = _checked_arrays(slide_id, arrays, rows.num_rows, dtype)
-    table = _checked_rows(slide_id, rows)
+    dtype = float_dtype(_group_attributes(path)["identity"])
+    stored = checked_arrays(slide_id, arrays, rows.num_rows, dtype)
+    table = checked_rows(slide_id, rows)
     temporary = temporary_folder(path)
     try:
         fault_point("store.before_write")
-        _write_group(temporary, attributes)
+        (temporary / GROUP_FILE).write_text(json_text(_group(attributes)), encoding="utf-8")
         for name, values in stored.items():
             _write_array(temporary, name, values)
             fault_point("store.after_array")
@@ -161,7 +143,7 @@ def write_slide(
                 for file in files
             },
         }
-        write_json(temporary / SLIDE_FILE, record)
+        (temporary / SLIDE_FILE).write_text(json_text(record), encoding="utf-8")
         if not commit_slide(temporary, folder):
             _check_same_slide(folder, slide_id)
     finally:
@@ -170,55 +152,9 @@ def write_slide(
 
 def _check_same_slide(folder: Path, slide_id: str) -> None:
     # A file system that ignores case takes the folders of "a" and "A" for one.
-    found = json.loads((folder / SLIDE_FILE).read_text(encoding="utf-8"))["slide_id"]
+    found = read_record(folder)[0]["slide_id"]
     if found != slide_id:
         raise ValueError(f"{folder} is that of slide {found!r}, not of {slide_id!r}: this file system ignores case.")
-
-
-def _checked_arrays(
-    slide_id: str, arrays: Mapping[str, Array], num_rows: int, dtype: np.dtype[Any]
-) -> dict[str, Array]:
-    missing = {"embedding", "xy0"} - arrays.keys()
-    if missing:
-        raise ValueError(f"slide {slide_id}: there is no array {min(missing)}; expected embedding and xy0 at least.")
-    stored = {}
-    for name, values in arrays.items():
-        if (
-            not re.fullmatch("[a-z][a-z0-9_]*", name)
-            or name in ("folder", "slide_id")
-            or hasattr(SlideEmbeddings, name)
-        ):
-            raise ValueError(f"slide {slide_id}: an array cannot be called {name!r}.")
-        if values.ndim == 0 or len(values) != num_rows:
-            raise ValueError(f"slide {slide_id}: {name} has shape {list(values.shape)}, expected {num_rows} rows.")
-        if values.dtype.kind not in "fiub":
-            raise ValueError(f"slide {slide_id}: {name} is {values.dtype}, expected floats, integers or booleans.")
-        stored[name] = values if values.dtype.kind != "f" else _rounded(slide_id, name, values, dtype)
-    xy0 = stored["xy0"]
-    if xy0.dtype != np.int32 or xy0.shape != (num_rows, 2):
-        raise ValueError(f"slide {slide_id}: xy0 is {xy0.dtype} {list(xy0.shape)}, expected int32 [{num_rows}, 2].")
-    return stored
-
-
-def _rounded(slide_id: str, name: str, values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore"):
-        rounded = values.astype(dtype)
-    if not np.isfinite(rounded).all():
-        place = tuple(int(index[0]) for index in np.nonzero(~np.isfinite(rounded)))
-        value = values[place]
-        what = f"overflows {dtype} (dtype=float32 holds it)" if np.isfinite(value) else "is not finite"
-        raise ValueError(f"slide {slide_id}: {name}{list(place)} = {value} {what}.")
-    return rounded
-
-
-def _checked_rows(slide_id: str, rows: pa.Table) -> pa.Table:
-    """`rows` with the slide's id as first column."""
-    if "slide_id" in rows.column_names:
-        if set(rows.column("slide_id").unique().to_pylist()) - {slide_id}:
-            raise ValueError(f"slide {slide_id}: its rows name another slide in their column slide_id.")
-        rows = rows.drop_columns("slide_id")
-    ids = pa.array([slide_id] * rows.num_rows, pa.string())
-    return rows.add_column(0, "slide_id", ids).replace_schema_metadata(None).combine_chunks()
 
 
 def _write_array(folder: Path, name: str, values: Array) -> None:
@@ -249,7 +185,7 @@ def finish_store(path: Path, *, failures: Iterable[Mapping[str, str]] = ()) -> d
     A hundred thousand rows are in memory at a time. A store that is finished already, and to which nothing was added,
     is left alone. Hold the folder's lock.
     """
-    slides, schema = _survey(path)
+    slides, schema = survey(path)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "identity": _group_attributes(path)["identity"],
@@ -264,30 +200,11 @@ def finish_store(path: Path, *, failures: Iterable[Mapping[str, str]] = ()) -> d
     finished = _finished_meta(path)
     if finished is not None and all(finished[key] == value for key, value in meta.items()):
         return finished
-    _merge_rows(path, [slide["slide_id"] for slide in slides], schema)
+    merge_rows(path, [slide["slide_id"] for slide in slides], schema)
     meta["files"] = {name: file_sha256(path / name) for name in DIGESTED_FILES}
     meta["digest"] = content_digest(meta)
     write_json(path / STORE_FILE, meta)
     return meta
-
-
-def _survey(path: Path) -> tuple[list[dict[str, Any]], pa.Schema]:
-    """What store.json says of each slide, ordered by slide_id, and the columns of all their rows together."""
-    slides = []
-    schemas: dict[pa.Schema, str] = {}
-    for folder in slide_folders(path):
-        data = (folder / SLIDE_FILE).read_bytes()
-        record = json.loads(data)
-        digest = hashlib.sha256(data).hexdigest()
-        slides.append({"slide_id": record["slide_id"], "rows": record["rows"], "sha256": digest})
-        schemas.setdefault(pq.read_schema(folder / ROWS_FILE), record["slide_id"])
-    schema = pa.schema([("slide_id", pa.string())])
-    for other, slide_id in schemas.items():
-        try:
-            schema = pa.unify_schemas([schema, other], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: the rows of slide {slide_id} do not fit to the others': {error}") from None
-    return sorted(slides, key=lambda slide: slide["slide_id"]), schema
 
 
 def _finished_meta(path: Path) -> dict[str, Any] | None:
@@ -300,22 +217,6 @@ def _finished_meta(path: Path) -> dict[str, Any] | None:
     return meta if whole else None
 
 
-def _merge_rows(path: Path, slide_ids: list[str], schema: pa.Schema) -> None:
-    with (
-        atomic_path(path / ROWS_FILE) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=3) as writer,
-    ):
-        waiting: list[pa.Table] = []
-        for slide_id in slide_ids:
-            table = pq.read_table(path / SLIDES / folder_name(slide_id) / ROWS_FILE)
-            waiting.append(pa.concat_tables([schema.empty_table(), table], promote_options="permissive"))
-            if sum(part.num_rows for part in waiting) >= _ROW_GROUP:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting.clear()
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
-
-
 class SlideEmbeddings:
     """The embeddings of one slide. Every array is an attribute, read from disk at each access.
 
@@ -326,26 +227,14 @@ class SlideEmbeddings:
     def __init__(self, folder: Path, slide_id: str, sha256: str) -> None:
         self.folder = folder
         self.slide_id = slide_id
-        self._sha256 = sha256
+        self.sha256 = sha256
 
     @cached_property
     def _record(self) -> dict[str, Any]:
-        return dict(json.loads(self._read(SLIDE_FILE, self._sha256)))
+        return read_record(self.folder, self.sha256)[0]
 
-    def _read(self, name: str, sha256: str | None = None) -> bytes:
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError as error:
-            raise self._damaged(f"{name} cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data).hexdigest() != (sha256 or self._record["files"][name]["sha256"]):
-            raise self._damaged(f"{name} has changed since it was written")
-        return data
-
-    def _damaged(self, reason: str) -> StoreDamagedError:
-        return StoreDamagedError(
-            f"{self.folder}: {reason}. Remove this folder and run the same `engine extract` again; "
-            f"`engine verify {self.folder.parent.parent}` finds all damage."
-        )
+    def _read(self, name: str) -> bytes:
+        return read_file(self.folder, name, self._record["files"][name]["sha256"])
 
     def __len__(self) -> int:
         """M."""
@@ -365,11 +254,16 @@ class SlideEmbeddings:
         return dict(json.loads(self._read(GROUP_FILE))["attributes"])
 
     @property
-    def rows(self) -> pl.DataFrame:
+    def table(self) -> pa.Table:
         """M rows; row i describes row i of every array."""
+        return pq.read_table(pa.BufferReader(self._read(ROWS_FILE)))
+
+    @property
+    def rows(self) -> pl.DataFrame:
+        """`table` for polars."""
         import polars as pl
 
-        return pl.DataFrame(pl.from_arrow(pq.read_table(pa.BufferReader(self._read(ROWS_FILE)))))
+        return pl.DataFrame(pl.from_arrow(self.table))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an array, without reading it."""
@@ -389,11 +283,11 @@ class SlideEmbeddings:
                 size = path.stat().st_size if path.is_file() else -1
                 if size != recorded["bytes"]:
                     found = f"has {size} bytes" if size >= 0 else "is missing"
-                    raise self._damaged(f"{file} {found}, expected {recorded['bytes']} bytes")
+                    raise damaged(self.folder, f"{file} {found}, expected {recorded['bytes']} bytes")
         try:
             return np.asarray(zarr.open_array(self.folder / name, mode="r", zarr_format=3)[rows])
         except (ValueError, RuntimeError, OSError) as error:
-            raise self._damaged(f"{name} cannot be read: {error}") from error
+            raise damaged(self.folder, f"{name} cannot be read: {error}") from error
 
     if TYPE_CHECKING:
         embedding: Array

@@ -169,7 +169,7 @@ def test_resnet50_is_cut_off_after_its_third_stage_as_in_clam(tmp_path: Path) ->
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        whole = timm.create_model("resnet50", pretrained=False).eval()
+        whole: Any = timm.create_model("resnet50", pretrained=False).eval()
     torch.save(whole.state_dict(), tmp_path / "resnet50.pth")
     values = read_recipe("extract", "extract/resnet50")
     settings = ["dataset=d", "out=o", f"weights={tmp_path / 'resnet50.pth'}", "batch_size=1"]
