@@ -10,7 +10,6 @@ encoder is. Everyone has the same core, or, on a GPU, the same cores.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,10 +195,11 @@ def _slide_by_slide(
 def _stored(work: _Work, task: SlideTask) -> list[Callable[[], Image.Image]]:
     rows = pq.read_table(work.dataset / "index.parquet", columns=["slide_id", "shard", "offset", "length"]).to_pylist()
     chosen = [row for row in rows if row["slide_id"] == task.slide_id][: task.patches]
-    shards = {row["shard"]: open(work.dataset / "shards" / f"{row['shard']}.tar", "rb") for row in chosen}  # noqa: SIM115
 
     def image(row: dict[str, Any]) -> Image.Image:
-        payload = os.pread(shards[row["shard"]].fileno(), row["length"], row["offset"])
+        with open(work.dataset / "shards" / f"{row['shard']}.tar", "rb") as file:
+            file.seek(row["offset"])
+            payload = file.read(row["length"])
         return Image.open(io.BytesIO(payload)).convert("RGB")
 
     return [partial(image, row) for row in chosen]

@@ -102,10 +102,10 @@ def measure(work: Path, nodes: int, *, kill: bool = False) -> dict[str, Any]:
         for finished in fan_out_to_workers(make, jobs, workers=nodes, cores=1, gpus=0, address=cluster.address):
             assert not isinstance(finished.result, Crash), finished
             done += len(finished.result)
+            ended = time.time()  # closing the cluster comes after
             if kill and killed_at is None and done >= _KILL_AT * len(tasks):
                 killed_at = time.time()
                 cluster.remove_node(added[-1], allow_graceful=False)
-        ended = time.time()
     finally:
         cluster.shutdown()
     began = max(path.stat().st_mtime for path in (work / "ready").iterdir())

@@ -115,7 +115,7 @@ class ExtractRecipe(Recipe):
 
 
 def build_extract_recipe(values: dict[str, Any]) -> ExtractRecipe:
-    """Validate an extract recipe, `encoder.*` against the named encoder's config.
+    """Validate an extract recipe; of `encoder.*` the keys alone, as the weights' metadata may add to them.
 
     Raises UsageError in one sentence; nothing is opened and torch is not imported.
     """
@@ -137,14 +137,6 @@ def build_extract_recipe(values: dict[str, Any]) -> ExtractRecipe:
         )
     recipe = build(ExtractRecipe, values)
     _check_encoder_keys(recipe, name)
-    if name in ("vittm", "vittm_hmr"):
-        side = recipe.input_px or (recipe.patches.context_px if recipe.slides is not None else None)
-        if side is not None and options.setdefault("img_size", side) != side:
-            raise UsageError(
-                f"encoder.img_size={options['img_size']} with input_px={side}: the encoder sees the input, so they are "
-                "equal."
-            )
-    build(MODEL_CONFIGS[name], options, prefix="encoder.")
     return recipe.model_copy(update={"encoder": {"name": name, **options}})
 
 

@@ -91,6 +91,8 @@ def agree(
     weights, region_weights = (_file(place) for place in (recipe.weights, recipe.region_weights))
     infos = [_info(place) for place in (weights, region_weights) if place is not None and place != RANDOM]
     config = _config(name, given, infos, any_positions="positions" in recipe.override)
+    if "img_size" in MODEL_CONFIGS[name].model_fields:
+        config.setdefault("img_size", recipe.input_px or patch_px)
     resolved = build(MODEL_CONFIGS[name], config, prefix="encoder.").model_dump(mode="json")
     if weights != RANDOM:
         _check_positions_known(name, given, infos)
