@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULTS = Path("benchmarks/results")
-BENCHES = ("shard", "loader", "step")
+BENCHES = ("shard", "loader", "step", "extract")
 _WIDTH = 120
 _SHOWN_RUNS = 10
 _QUIET = 0.9  # of a core

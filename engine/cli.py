@@ -172,6 +172,46 @@ def train(
     _finish(result, text, code, json)
 
 
+@app.command(
+    epilog="Example: engine extract extract/hipt_patch dataset=dataset weights=vit256_small_dino.pth out=store    "
+    "(or slides=slides/; --keys lists all keys)"
+)
+def extract(
+    recipe: Recipe,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and write nothing")] = False,
+    local: Local = False,
+    address: Address = None,
+    json: Json = False,
+    _keys: Annotated[bool, _keys_option("extract")] = False,
+) -> None:
+    """Embed the patches or regions of a dataset, or of slides as they are, into a store.
+
+    An interrupted run is finished by running it again; slides that were added are appended. A slide that cannot be
+    used is named with its reason while the others go on, and the exit code is 3.
+    """
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine.config import UsageError, apply_overrides, read_recipe
+        from engine.extract_recipe import build_extract_recipe
+
+        if local and address:
+            raise UsageError("--local and --address contradict each other; give one of them.")
+        resolved = build_extract_recipe(apply_overrides(read_recipe("extract", recipe), settings or []))
+        from engine import extract as verb  # imports torch: a wrong recipe is refused before
+
+        if dry_run:
+            result = verb.dry_run(resolved, address=address)
+        else:
+            result = verb.run(resolved, local=local, address=address)
+        return result, verb.describe(result)
+
+    result, text, code = _guard(work)
+    if code is Exit.DONE and result["failures"]:
+        code = Exit.QUARANTINED
+    _finish(result, text, code, json)
+
+
 @app.command(epilog="Example: engine evaluate evaluate/linear store=store labels=labels.csv out=linear.json")
 def evaluate(
     recipe: Recipe,
@@ -311,6 +351,19 @@ def bench_step(
 ) -> None:
     """Measure models on batches that are there already, on one core beside timm and, where there is one, on a GPU."""
     _bench("step", cases, rounds, quick, work, results, json)
+
+
+@bench.command("extract", epilog="Example: engine bench extract --work /scratch/bench --cases one_layer")
+def bench_extract(
+    cases: Cases = "",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    work: Work = None,
+    results: Results = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Measure patches to embeddings beside the encoder alone and a DataLoader with PIL for each slide."""
+    _bench("extract", cases, rounds, quick, work, results, json)
 
 
 def _bench(name: str, cases: str, rounds: int, quick: bool, work: Path | None, results: Path, json: bool) -> None:

@@ -1,4 +1,6 @@
-"""`fan_out`: one function over many jobs, in local processes or on Ray. The one module that imports ray.
+"""One function over many jobs, in local processes or on Ray. The one module that imports ray.
+
+`fan_out` is for functions that can start anywhere, `fan_out_to_workers` for those that take long to make: a model.
 
 A job's function must be importable and idempotent: a worker that dies is replaced and its job tried again. A job whose
 worker dies every time becomes a `Crash` instead of ending the run (native readers can crash on hostile files).
@@ -7,6 +9,7 @@ worker dies every time becomes a `Crash` instead of ending the run (native reade
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import tempfile
@@ -15,17 +18,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from engine.console import say
+from engine.local_workers import LocalWorker, children_ignore_ctrl_c, ready
 from engine.runtime import die_with_parent, usable_cores
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
 TRIES = 4
+AT_ONCE = 2  # jobs of a long-lived worker
+_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +122,13 @@ def _pool() -> ProcessPoolExecutor:
 def _submit(
     pools: list[ProcessPoolExecutor], slot: int, function: Callable[[JobT], ResultT], job: JobT
 ) -> Future[ResultT]:
-    with _children_ignore_ctrl_c():
+    with children_ignore_ctrl_c():
         try:
             return pools[slot].submit(function, job)
         except BrokenProcessPool:  # its process was killed while it had nothing to do
             pools[slot].shutdown(wait=False)
             pools[slot] = _pool()
             return pools[slot].submit(function, job)
-
-
-@contextlib.contextmanager
-def _children_ignore_ctrl_c() -> Iterator[None]:
-    """Block SIGINT while a process is started: the child keeps it blocked, and the driver alone ends the run.
-
-    A terminal sends Ctrl-C to all processes at once; each child would print a traceback of its own.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _crash_reason() -> str:
@@ -173,6 +167,198 @@ def _ray(
                     raise error.cause if isinstance(error.cause, Exception) else error from None
                 except ray.exceptions.RayError as error:
                     raise RuntimeError(f"Ray: {' '.join(str(error).split())}") from None
+
+
+class _Jobs(Generic[JobT]):
+    """Which job goes to which worker: the queue's first to the one with the fewest.
+
+    A job whose worker died is tried again by itself, so that of two jobs the one that killed it is found.
+    """
+
+    def __init__(self, queue: deque[JobT]) -> None:
+        self._queue = queue
+        self._again: list[tuple[JobT, int]] = []
+
+    @property
+    def left(self) -> bool:
+        return bool(self._queue or self._again)
+
+    def next_for(self, slots: Sequence[_Slot[JobT]]) -> tuple[_Slot[JobT], JobT, int] | None:
+        """A worker that can take a job, the job, and how many times it will have been tried."""
+        free = [slot for slot in slots if slot.is_up and not slot.alone and len(slot.running) < AT_ONCE]
+        if not free:
+            return None
+        slot = min(free, key=lambda slot: len(slot.running))
+        if self._again and not slot.running:
+            slot.alone = True
+            return slot, *self._again.pop()
+        return (slot, self._queue.popleft(), 1) if self._queue else None
+
+    def lost(self, slot: _Slot[JobT]) -> Iterator[Finished[JobT, Any]]:
+        """Note that a worker died: its jobs come again, or have been tried often enough."""
+        for job, attempt in slot.running.values():
+            if attempt < TRIES:
+                self._again.append((job, attempt + 1))
+            else:
+                yield Finished(job, Crash(_crash_reason()))
+        slot.deaths = 0 if slot.is_up else slot.deaths + 1
+        slot.running.clear()
+        slot.is_up = slot.alone = False
+        if slot.deaths == TRIES:
+            raise RuntimeError(f"a worker died {TRIES} times before it could begin (no memory for the model?)")
+
+
+@dataclass(slots=True, eq=False)
+class _Slot(Generic[JobT]):
+    """A place for a worker, and its jobs by ticket: (job, attempt). `deaths` are those before it was up."""
+
+    worker: Any
+    running: dict[Any, tuple[JobT, int]] = field(default_factory=dict)
+    is_up: bool = False
+    alone: bool = False
+    deaths: int = 0
+
+    def finished(self, ticket: Any) -> JobT:
+        job, _ = self.running.pop(ticket)
+        self.alone = False
+        return job
+
+
+def fan_out_to_workers(
+    make: Callable[[int], Callable[[JobT], ResultT]],
+    jobs: deque[JobT],
+    *,
+    workers: int | None,
+    cores: int,
+    gpus: int,
+    local: bool = False,
+    address: str | None = None,
+) -> Iterator[Finished[JobT, ResultT]]:
+    """Have long-lived workers make a function once, call it for every job, and yield each as it finishes.
+
+    A worker has up to AT_ONCE jobs, each in a thread: one can be prepared while the other is computed.
+
+    Args:
+        make: called in every worker with its number on its machine (0 on Ray, which shows it its own GPU alone).
+        jobs: taken from the front; may be added to while results are taken.
+        workers: how many; None is as many as the GPUs or cores of the machine or cluster allow.
+        cores, gpus: of each worker.
+        local, address: as for `fan_out`.
+
+    A worker that dies, with its node or without, is replaced once there is room for another, and its jobs are tried
+    again. Exceptions are raised here and end the run, those of `make` too.
+    """
+    if not jobs:
+        return
+    if local:
+        yield from _to_processes(make, jobs, workers or max(1, usable_cores() // cores))
+    else:
+        yield from _to_actors(make, jobs, workers, cores, gpus, address)
+
+
+def _to_processes(
+    make: Callable[[int], Callable[[JobT], ResultT]], queue: deque[JobT], workers: int
+) -> Iterator[Finished[JobT, ResultT]]:
+    waiting: _Jobs[JobT] = _Jobs(queue)
+    tickets = itertools.count()
+    slots: list[_Slot[JobT]] = []
+    try:
+        slots += [_Slot(LocalWorker(make, number, AT_ONCE)) for number in range(min(workers, len(queue)))]
+        while waiting.left or any(slot.running for slot in slots):
+            while (found := waiting.next_for(slots)) is not None:
+                slot, job, attempt = found
+                ticket = next(tickets)
+                slot.running[ticket] = (job, attempt)
+                with contextlib.suppress(OSError):  # it died; that shows when its answer is read
+                    slot.worker.send(ticket, job)
+            by_worker = {id(slot.worker): slot for slot in slots}
+            for worker in ready([slot.worker for slot in slots]):
+                slot = by_worker[id(worker)]
+                try:
+                    ticket_done, value, good = worker.receive()
+                except (EOFError, OSError):
+                    yield from waiting.lost(slot)
+                    worker.end(at_once=True)
+                    slot.worker = LocalWorker(make, slots.index(slot), AT_ONCE)
+                    continue
+                if not good:
+                    raise value
+                if ticket_done is None:
+                    slot.is_up = True
+                else:
+                    yield Finished(slot.finished(ticket_done), value)
+    except BaseException:
+        for slot in slots:
+            slot.worker.end(at_once=True)
+        raise
+    for slot in slots:
+        slot.worker.end(at_once=False)
+
+
+class _Actor:
+    """What Ray starts for a worker."""
+
+    def start(self, make: Callable[[int], Callable[[Any], Any]]) -> None:
+        self._function = make(0)
+
+    def run(self, job: Any) -> Any:
+        return self._function(job)
+
+
+def _to_actors(
+    make: Callable[[int], Callable[[JobT], ResultT]],
+    queue: deque[JobT],
+    workers: int | None,
+    cores: int,
+    gpus: int,
+    address: str | None,
+) -> Iterator[Finished[JobT, ResultT]]:
+    with _cluster(None, address) as ray:
+        remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0, max_concurrency=AT_ONCE)(_Actor)
+        total = ray.cluster_resources()
+        room = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cores
+        starting: dict[Any, _Slot[JobT]] = {}
+
+        def begin(slot: _Slot[JobT]) -> None:
+            slot.worker = remote.remote()
+            starting[slot.worker.start.remote(make)] = slot
+
+        slots = [_Slot[JobT](None) for _ in range(min(workers or max(1, int(room)), len(queue)))]
+        for slot in slots:
+            begin(slot)
+        waiting: _Jobs[JobT] = _Jobs(queue)
+        while waiting.left or any(slot.running for slot in slots):
+            while (found := waiting.next_for(slots)) is not None:
+                slot, job, attempt = found
+                slot.running[slot.worker.run.remote(job)] = (job, attempt)
+            references = {reference: slot for slot in slots for reference in slot.running} | starting
+            done, _ = ray.wait(list(references), num_returns=1, timeout=_PATIENCE_S)
+            if not done and not any(slot.is_up for slot in slots):
+                say(f"waiting for {cores} cores{f' and {gpus} GPU' if gpus else ''} on the Ray cluster to become free")
+            for reference in done:
+                slot = references[reference]
+                try:
+                    value = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, Exception) else error from None
+                except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
+                    starting.pop(reference, None)
+                    yield from waiting.lost(slot)
+                    ray.kill(slot.worker)
+                    begin(slot)
+                except ray.exceptions.RayError as error:
+                    raise RuntimeError(f"Ray: {' '.join(str(error).split())}") from None
+                else:
+                    if starting.pop(reference, None) is not None:
+                        slot.is_up = True
+                    else:
+                        yield Finished(slot.finished(reference), value)
+
+
+def cluster_gpus(address: str) -> int:
+    """The GPUs of a running cluster."""
+    with _cluster(None, address) as ray:
+        return int(ray.cluster_resources().get("GPU", 0))
 
 
 @contextlib.contextmanager

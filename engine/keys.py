@@ -14,20 +14,22 @@ from engine.config import section
 
 def describe_keys(verb: str) -> str:
     """The keys of the verb's recipe, one per paragraph line, for a terminal."""
-    from engine.evaluate_recipe import ENCODERS, EvaluateRecipe
+    from engine.evaluate_recipe import ENCODERS as IMAGE_ENCODERS
+    from engine.evaluate_recipe import EvaluateRecipe
+    from engine.extract_recipe import ENCODERS, ExtractRecipe
     from engine.recipes import ShardRecipe, TrainRecipe
     from models.config import MODEL_CONFIGS
 
-    if verb == "shard":
-        return "\n".join(_lines(ShardRecipe))
-    if verb == "evaluate":
-        lines = _lines(EvaluateRecipe)
-        for name in ENCODERS:
-            lines += ["", f"encoder.name={name}:", *_lines(MODEL_CONFIGS[name], "encoder.")]
-        return "\n".join(lines)
-    lines = _lines(TrainRecipe)
-    for name, config in MODEL_CONFIGS.items():
-        lines += ["", f"model.name={name}:", *_lines(config, "model.")]
+    recipes: dict[str, tuple[type[BaseModel], str, tuple[str, ...]]] = {
+        "shard": (ShardRecipe, "", ()),
+        "train": (TrainRecipe, "model", tuple(MODEL_CONFIGS)),
+        "extract": (ExtractRecipe, "encoder", tuple(ENCODERS)),
+        "evaluate": (EvaluateRecipe, "encoder", IMAGE_ENCODERS),
+    }
+    recipe, section_name, names = recipes[verb]
+    lines = _lines(recipe)
+    for name in names:
+        lines += ["", f"{section_name}.name={name}:", *_lines(MODEL_CONFIGS[name], f"{section_name}.")]
     return "\n".join(lines)
 
 

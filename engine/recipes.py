@@ -23,7 +23,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _as_place(value: Any) -> Any:
+def as_place(value: Any) -> Any:
     """A URL stays the text it is: a path would lose one of its slashes."""
     text = _as_text(value)
     return Path(text) if isinstance(text, str) and not is_url(text) else text
@@ -32,10 +32,10 @@ def _as_place(value: Any) -> Any:
 def _as_places(value: Any) -> Any:
     """`A,B` is two places, unless there is one of that name; a single place stays one."""
     if isinstance(value, list | tuple):
-        return tuple(_as_place(part) for part in value)
+        return tuple(as_place(part) for part in value)
     if isinstance(value, str) and "," in value and not Path(value).expanduser().exists():
-        return tuple(_as_place(part.strip()) for part in value.split(","))
-    return _as_place(value)
+        return tuple(as_place(part.strip()) for part in value.split(","))
+    return as_place(value)
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -53,7 +53,7 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     """
     started = time.monotonic()
     out = recipe.out.expanduser().resolve()
-    slides = _slides(recipe)
+    slides = wanted_slides(recipe)
     _check_place(out)
     recipe = recipe.model_copy(update={"out": out, "slides": absolute(recipe.slides)})
     if not (out / "dataset.json").is_file():
@@ -71,7 +71,7 @@ def run(recipe: ShardRecipe, *, local: bool = False, address: str | None = None)
     return _summary(out, meta, _failures(out), time.monotonic() - started)
 
 
-def _slides(recipe: ShardRecipe) -> list[ListedSlide]:
+def wanted_slides(recipe: ShardRecipe) -> list[ListedSlide]:
     """The slides that the recipe asks for, with the columns that their names give."""
     slides = list_slides(recipe.slides)
     if recipe.subset is not None:
@@ -107,7 +107,7 @@ def _make(
     _claim(out, recipe)
     if address is not None:
         _check_visible(out, slides, address)
-    jobs, twins = _jobs(slides, out, recipe)
+    jobs, twins = slide_jobs(slides, out, recipe)
     records, shards = _run_jobs(jobs, work, recipe, local=local, address=address)
     records += twins
     _drop_unlisted(out, records, shards)
@@ -145,12 +145,12 @@ def dry_run(recipe: ShardRecipe, *, address: str | None = None) -> dict[str, Any
     It plans in processes of this machine; a Ray cluster is used only where one is named.
     """
     started = time.monotonic()
-    slides = _slides(recipe)
+    slides = wanted_slides(recipe)
     out = recipe.out.expanduser().resolve()
     _check_place(out)
     if (out / "dataset.json").is_file():
         _finished(out, recipe, slides)
-    jobs, twins = _jobs(slides, out, recipe)
+    jobs, twins = slide_jobs(slides, out, recipe)
     if recipe.md5_manifest is not None:
         say("note: a dry run reads no whole slide and compares no MD5.")
     workers = _workers(recipe)
@@ -270,7 +270,9 @@ def _fingerprints(slides: Sequence[ListedSlide]) -> list[str]:
         return list(pool.map(one, slides))
 
 
-def _jobs(slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe) -> tuple[list[SlideJob], list[SlideRecord]]:
+def slide_jobs(
+    slides: Sequence[ListedSlide], out: Path, recipe: ShardRecipe
+) -> tuple[list[SlideJob], list[SlideRecord]]:
     """One job per slide, and records of unreadable and repeated files."""
     options = recipe.options()
     md5 = _md5(recipe, slides)

@@ -99,7 +99,9 @@ def convert(
     found = _read(file)
     name, config = _choose(found, file, model, settings)
     state, info = fit(_on_meta(name, config), found, file)
-    mean, std = (info.mean, info.std) if normalisation is None else _normalisation(normalisation)
+    mean, std = (
+        (info.mean, info.std) if normalisation is None else parse_normalisation(normalisation, "--normalisation ")
+    )
     mpp = info.mpp if mpp is None else mpp
     if mean is None or mpp is None:
         if not name.startswith("hipt_"):
@@ -185,8 +187,8 @@ def _choose(found: Any, file: Path, model: str | None, settings: Sequence[str]) 
     return name, checked.model_dump(mode="json")
 
 
-def _normalisation(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a name or of R,G,B/R,G,B."""
+def parse_normalisation(text: str, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a name or of R,G,B/R,G,B; UsageError, which says `key`, where it is neither."""
     if text in NORMALISATIONS:
         return NORMALISATIONS[text]
     try:
@@ -194,9 +196,7 @@ def _normalisation(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     except ValueError:
         numbers = []
     if [len(part) for part in numbers] != [3, 3] or min(numbers[1]) <= 0:
-        raise UsageError(
-            f"--normalisation {text}: expected {', '.join(NORMALISATIONS)}, or R,G,B/R,G,B with deviations above 0."
-        )
+        raise UsageError(f"{key}{text}: expected {', '.join(NORMALISATIONS)}, or R,G,B/R,G,B with deviations above 0.")
     return numbers[0], numbers[1]
 
 
