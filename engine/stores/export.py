@@ -213,7 +213,7 @@ def _write_h5(slide: SlideEmbeddings, store: Store, out: Path, array: str, order
         features = file.create_dataset("features", data=slide.array(array)[rows].astype(np.float32))
         features.attrs.update({"name": slide.slide_id, "encoder": _encoder_name(store)})
         coords = file.create_dataset("coords", data=slide.xy0[rows].astype(np.int64))
-        coords.attrs.update({"name": slide.slide_id, **_patch_attributes(slide)})
+        coords.attrs.update({"name": slide.slide_id, **_patch_attributes(slide, store.meta)})
     return 1
 
 
@@ -222,28 +222,55 @@ def _encoder_name(store: Store) -> str:
     return encoder if isinstance(encoder, str) else json.dumps(encoder, sort_keys=True)
 
 
-def _patch_attributes(slide: SlideEmbeddings) -> dict[str, int]:
-    """What CLAM and TRIDENT say of a slide's patches, as far as it is known here."""
-    known = slide.attributes
-    read = {
-        column: slide.rows[column][0]
-        for column in ("level", "read_px", "mpp")
-        if column in slide.rows.columns and slide.rows[column].n_unique() == 1
+def _patch_attributes(slide: SlideEmbeddings, identity: Mapping[str, Any]) -> dict[str, int]:
+    """What CLAM and TRIDENT say of a slide's patches, as far as attributes, rows and the store's identity tell."""
+    known, table = slide.attributes, slide.table
+    values = {
+        name: table[name].unique().to_pylist() for name in ("level", "read_px", "mpp") if name in table.schema.names
     }
-    patch_px = known.get("patch_px", read.get("read_px"))
-    patch_px0 = known.get("patch_px0", read.get("read_px") if read.get("level") == 0 else None)
+    read = {name: found[0] for name, found in values.items() if len(found) == 1}
+    recipe = (identity.get("patches") or {}).get("recipe") or {}
+    context_px, stride_px = recipe.get("context_px"), recipe.get("stride_px")
+    is_region = "patches" in table.schema.names
+    if is_region and stride_px and recipe.get("region_patches"):
+        step_px = patch_px = stride_px * recipe["region_patches"]
+    else:
+        step_px, patch_px = stride_px, context_px or (None if is_region else read.get("read_px"))
+    patch_px = known.get("patch_px", patch_px)
+    patch_px0 = known.get("patch_px0")
+    if patch_px0 is None:
+        step_px0 = _step_px0(slide)
+        if step_px0 and step_px and patch_px:
+            patch_px0 = step_px0 * patch_px / step_px
+        elif read.get("level") == 0 and not is_region:
+            patch_px0 = read.get("read_px")
+    mpp, mpp0 = read.get("mpp"), known.get("mpp0")
+    if mpp0 is None and mpp and patch_px and patch_px0:
+        mpp0 = mpp * patch_px / patch_px0
     found = {
         "patch_size": patch_px,
         "patch_size_level0": patch_px0,
         # CLAM reads patch_size pixels of patch_level: that holds where nothing was resampled.
-        "patch_level": read.get("level") if read.get("read_px") == patch_px else None,
-        "overlap": known.get("overlap_px"),
-        "target_magnification": _magnification(read.get("mpp")),
-        "level0_magnification": _magnification(known.get("mpp0")),
+        "patch_level": read.get("level") if read.get("read_px") == (context_px or patch_px) else None,
+        "overlap": known.get("overlap_px", patch_px - step_px if patch_px and step_px else None),
+        "target_magnification": _magnification(mpp),
+        "level0_magnification": _magnification(mpp0),
         "level0_width": known.get("width_px0"),
         "level0_height": known.get("height_px0"),
     }
     return {name: round(value) for name, value in found.items() if value is not None}
+
+
+def _step_px0(slide: SlideEmbeddings) -> float | None:
+    """Level-0 pixels from a cell of the grid to the next; None where the rows tell no cells, or only one."""
+    table, xy0 = slide.table, slide.xy0
+    for name, axis in (("col", 0), ("row", 1)):
+        if name in table.schema.names and len(xy0):
+            cells = table[name].to_numpy()
+            first, last = cells.argmin(), cells.argmax()
+            if cells[last] > cells[first]:
+                return float(xy0[last, axis] - xy0[first, axis]) / float(cells[last] - cells[first])
+    return None
 
 
 def _magnification(mpp: float | None) -> int | None:

@@ -122,8 +122,8 @@ def _child(number: int, folder: Path, work: Callable[[], Any]) -> None:
                     step(os.fspath(argument))
                     return
 
-    def counted(descriptor: int) -> None:
-        step(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    def counted(fd: Any) -> None:
+        step(str(Path(f"/proc/self/fd/{fd}").readlink()))
 
     try:
         sys.addaudithook(hook)
