@@ -94,7 +94,7 @@ class EvaluateRecipe(Recipe):
     )
     batch_size: int = Field(64, ge=1, description="of pcam: images that the encoder sees at a time")
     level: float = Field(0.95, gt=0, lt=1, description="of the intervals")
-    resamples: int = Field(1000, ge=2, description="of the bootstrap")
+    resamples: int = Field(1000, ge=2, description="of the bootstrap; its time grows with samples times resamples")
     seed: int = Field(0, ge=0, lt=2**32, description="of splits, sampled rows, the bootstrap, and random weights")
     out: Annotated[Place | None, Verbatim()] = Field(None, description="FILE.json for the result")
     predictions: Annotated[Place | None, Verbatim()] = Field(

@@ -14,20 +14,22 @@ from engine.config import section
 
 def describe_keys(verb: str) -> str:
     """The keys of the verb's recipe, one per paragraph line, for a terminal."""
-    from engine import evaluate_recipe, extract_recipe
+    from engine.evaluate_recipe import ENCODERS as IMAGE_ENCODERS
+    from engine.evaluate_recipe import EvaluateRecipe
+    from engine.extract_recipe import ENCODERS, ExtractRecipe
     from engine.recipes import ShardRecipe, TrainRecipe
     from models.config import MODEL_CONFIGS
 
-    if verb == "shard":
-        return "\n".join(_lines(ShardRecipe))
-    recipe, name, models = {
+    recipes: dict[str, tuple[type[BaseModel], str, tuple[str, ...]]] = {
+        "shard": (ShardRecipe, "", ()),
         "train": (TrainRecipe, "model", tuple(MODEL_CONFIGS)),
-        "extract": (extract_recipe.ExtractRecipe, "encoder", tuple(extract_recipe.ENCODERS)),
-        "evaluate": (evaluate_recipe.EvaluateRecipe, "encoder", tuple(evaluate_recipe.ENCODERS)),
-    }[verb]
+        "extract": (ExtractRecipe, "encoder", tuple(ENCODERS)),
+        "evaluate": (EvaluateRecipe, "encoder", IMAGE_ENCODERS),
+    }
+    recipe, section_name, names = recipes[verb]
     lines = _lines(recipe)
-    for model in models:
-        lines += ["", f"{name}.name={model}:", *_lines(MODEL_CONFIGS[model], f"{name}.")]
+    for name in names:
+        lines += ["", f"{section_name}.name={name}:", *_lines(MODEL_CONFIGS[name], f"{section_name}.")]
     return "\n".join(lines)
 
 

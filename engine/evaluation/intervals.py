@@ -3,7 +3,8 @@
 What is resampled are groups (patients, say), not cases: cases of a group depend on each other. A resample draws as many
 groups as there are, with replacement, over all folds at once, so that a group that several folds test counts alike in
 each. It is a weight per group, and every metric is computed from weights: that is the same as repeating the
-group's cases, without repeating them. Intervals are percentiles of the resamples' values.
+group's cases, without repeating them. Intervals are percentiles of the resamples' values. Time grows with cases times
+resamples times classes (the AUROC).
 
 Shapes: n cases, G groups, C classes, r resamples at a time.
 """
