@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
-from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engine.console import Output, own_stdout, say
-
-
-class Exit(IntEnum):
-    """What the exit codes mean."""
-
-    DONE = 0
-    FAILED = 1
-    USAGE = 2
-    QUARANTINED = 3
-    INTERRUPTED = 130
-
+from engine.cli_bench import bench
+from engine.cli_weights import weights
+from engine.command import Address, Exit, Json, Local, Recipe, Settings, finish, guard, keys_option, outputs
+from engine.console import own_stdout, say
 
 app = typer.Typer(
     name="engine",
@@ -36,29 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="A first run: engine synth slides; engine shard shard/tiny slides=slides out=dataset; "
-    "engine verify dataset; engine train train/vittm_hmr_tiny dataset=dataset run=run",
+    "engine verify dataset; engine train train/vittm_hmr_tiny dataset=dataset run=run; "
+    "engine extract extract/vittm_hmr dataset=dataset weights=run out=store",
 )
-
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="a shipped recipe or a path that ends in .yaml")]
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="set keys of the recipe")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; all else goes to stderr")]
-Local = Annotated[bool, typer.Option("--local", help="run in processes of this machine, without Ray")]
-Address = Annotated[str | None, typer.Option(help="run on a Ray cluster that is already there")]
-
-
-def _keys_of(verb: str) -> Callable[[bool], None]:
-    def show(wanted: bool) -> None:
-        if wanted:
-            from engine.keys import describe_keys
-
-            typer.echo(describe_keys(verb))
-            raise typer.Exit
-
-    return show
-
-
-def _keys_option(verb: str) -> Any:
-    return typer.Option("--keys", is_eager=True, callback=_keys_of(verb), help="list the recipe's keys and stop")
+app.add_typer(bench, name="bench", help="Measure throughput beside peers, and follow it over time.")
+app.add_typer(weights, name="weights", help="Look into checkpoints, and convert them to safetensors.")
 
 
 @app.command(epilog="Example: engine synth slides --slides 4 --size 4096 --seed 0")
@@ -99,7 +71,7 @@ def synth(
         )
         return result, f"{slides} slides of {size} px in {out}"
 
-    _finish(*_guard(work), json)
+    finish(*guard(work), json)
 
 
 @app.command(
@@ -113,7 +85,7 @@ def shard(
     local: Local = False,
     address: Address = None,
     json: Json = False,
-    _keys: Annotated[bool, _keys_option("shard")] = False,
+    _keys: Annotated[bool, keys_option("shard")] = False,
 ) -> None:
     """Turn slides into a dataset: WebDataset tar shards with a Parquet index.
 
@@ -135,10 +107,10 @@ def shard(
             result = verb.run(resolved, local=local, address=address)
         return result, verb.describe(result)
 
-    result, text, code = _guard(work)
+    result, text, code = guard(work)
     if code is Exit.DONE and (result["slides"]["quarantined"] or result["patches"]["quarantined"]):
         code = Exit.QUARANTINED
-    _finish(result, text, code, json)
+    finish(result, text, code, json)
 
 
 def _show_template(name: str | None) -> None:
@@ -176,7 +148,7 @@ def train(
         int, typer.Option(min=0, help="how often all ranks start anew from the last checkpoint when one dies")
     ] = 0,
     json: Json = False,
-    _keys: Annotated[bool, _keys_option("train")] = False,
+    _keys: Annotated[bool, keys_option("train")] = False,
     _template: Annotated[
         str | None,
         typer.Option(
@@ -205,35 +177,11 @@ def train(
 
     from engine.runtime import ranks_from_environment
 
-    result, text, code = _guard(work, go_on="`engine train ... --resume` goes on from the last checkpoint")
+    result, text, code = guard(work, go_on="`engine train ... --resume` goes on from the last checkpoint")
     # To torchrun and its like any exit code but 0 is a rank that failed.
     if result and result["replaced"] and ranks_from_environment() is None:
         code = Exit.QUARANTINED
-    _finish(result, text, code, json)
-
-
-@app.command(epilog="Example: engine evaluate evaluate/linear store=store labels=labels.csv out=linear.json")
-def evaluate(
-    recipe: Recipe,
-    settings: Settings = None,
-    json: Json = False,
-    _keys: Annotated[bool, _keys_option("evaluate")] = False,
-) -> None:
-    """Say how much frozen features know: linear probe or nearest neighbours, with bootstrap intervals.
-
-    Slides that lack a label or an embedding are named. Patients (or slides) on two sides of a split are refused.
-    """
-
-    def work() -> tuple[dict[str, Any], str]:
-        from engine import evaluate as verb
-        from engine.config import apply_overrides, read_recipe
-        from engine.evaluate_recipe import build_evaluate_recipe
-
-        resolved = build_evaluate_recipe(apply_overrides(read_recipe("evaluate", recipe), settings or []))
-        result = verb.run(resolved)
-        return result, verb.describe(result)
-
-    _finish(*_guard(work, go_on="run the same command again"), json)
+    finish(result, text, code, json)
 
 
 @app.command(
@@ -247,7 +195,7 @@ def extract(
     local: Local = False,
     address: Address = None,
     json: Json = False,
-    _keys: Annotated[bool, _keys_option("extract")] = False,
+    _keys: Annotated[bool, keys_option("extract")] = False,
 ) -> None:
     """Embed the patches or regions of a dataset, or of slides as they are, into a store.
 
@@ -270,10 +218,34 @@ def extract(
             result = verb.run(resolved, local=local, address=address)
         return result, verb.describe(result)
 
-    result, text, code = _guard(work)
+    result, text, code = guard(work)
     if code is Exit.DONE and result["failures"]:
         code = Exit.QUARANTINED
-    _finish(result, text, code, json)
+    finish(result, text, code, json)
+
+
+@app.command(epilog="Example: engine evaluate evaluate/linear store=store labels=labels.csv out=linear.json")
+def evaluate(
+    recipe: Recipe,
+    settings: Settings = None,
+    json: Json = False,
+    _keys: Annotated[bool, keys_option("evaluate")] = False,
+) -> None:
+    """Say how much frozen features know: linear probe or nearest neighbours, with bootstrap intervals.
+
+    Slides that lack a label or an embedding are named. Patients (or slides) on two sides of a split are refused.
+    """
+
+    def work() -> tuple[dict[str, Any], str]:
+        from engine import evaluate as verb
+        from engine.config import apply_overrides, read_recipe
+        from engine.evaluate_recipe import build_evaluate_recipe
+
+        resolved = build_evaluate_recipe(apply_overrides(read_recipe("evaluate", recipe), settings or []))
+        result = verb.run(resolved)
+        return result, verb.describe(result)
+
+    finish(*guard(work, go_on="run the same command again"), json)
 
 
 @app.command(epilog="Example: engine verify dataset --json")
@@ -291,10 +263,10 @@ def verify(
         result = verb.run(dataset)
         return result, verb.describe(result, dataset)
 
-    result, text, code = _guard(work)
+    result, text, code = guard(work)
     if code is Exit.DONE and not result["ok"]:
         code = Exit.FAILED
-    _finish(result, text, code, json)
+    finish(result, text, code, json)
 
 
 @app.command(epilog="Example: engine export store --format clam_h5 --out features")
@@ -319,7 +291,7 @@ def export(
         result = verb.run(store, out, format=format, slides=chosen, array=array, order=order, overwrite=overwrite)
         return result, verb.describe(result)
 
-    _finish(*_guard(work), json)
+    finish(*guard(work), json)
 
 
 @app.command(epilog="Example: engine report dataset --out report.html")
@@ -336,149 +308,7 @@ def report(
         result = verb.run(dataset, out)
         return result, verb.describe(result)
 
-    _finish(*_guard(work), json)
-
-
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench", help="Measure throughput beside peers, and follow it over time.")
-Results = Annotated[Path, typer.Option(help="folder of the history")]
-_RESULTS = Path("benchmarks/results")
-
-
-Cases = Annotated[str, typer.Option(help="names with commas between; all where it is left out")]
-Rounds = Annotated[int, typer.Option(min=1, help="counted rounds a case; values are their medians")]
-Quick = Annotated[bool, typer.Option("--quick", help="small slides: shows that it runs, measures nothing")]
-Work = Annotated[Path | None, typer.Option(help="folder where painted slides stay; a temporary one")]
-
-
-@bench.command("shard", epilog="Example: engine bench shard --work /scratch/bench --cases copy_420,plan")
-def bench_shard(
-    cases: Cases = "",
-    rounds: Rounds = 7,
-    quick: Quick = False,
-    work: Work = None,
-    results: Results = _RESULTS,
-    json: Json = False,
-) -> None:
-    """Measure slides to shards beside OpenSlide, cuCIM and sendfile, on one core; ratios are of the same round."""
-    _bench("shard", cases, rounds, quick, work, results, json)
-
-
-@bench.command("loader", epilog="Example: engine bench loader --work /scratch/bench --cases dali_float")
-def bench_loader(
-    cases: Cases = "",
-    rounds: Rounds = 5,
-    quick: Quick = False,
-    work: Work = None,
-    results: Results = _RESULTS,
-    json: Json = False,
-) -> None:
-    """Measure shards to batches on one core beside webdataset, LitData, MosaicML Streaming, OpenSlide and stock DALI.
-
-    Where there is a GPU, it is measured too. Ratios are of the same round; a peer that is not installed is left out.
-    """
-    _bench("loader", cases, rounds, quick, work, results, json)
-
-
-@bench.command("step", epilog="Example: engine bench step --cases hipt_patch_224,hipt_4k")
-def bench_step(
-    cases: Cases = "",
-    rounds: Rounds = 5,
-    quick: Quick = False,
-    work: Work = None,
-    results: Results = _RESULTS,
-    json: Json = False,
-) -> None:
-    """Measure models on batches that are there already, on one core beside timm and, where there is one, on a GPU."""
-    _bench("step", cases, rounds, quick, work, results, json)
-
-
-@bench.command("extract", epilog="Example: engine bench extract --work /scratch/bench --cases one_layer")
-def bench_extract(
-    cases: Cases = "",
-    rounds: Rounds = 5,
-    quick: Quick = False,
-    work: Work = None,
-    results: Results = _RESULTS,
-    json: Json = False,
-) -> None:
-    """Measure patches to embeddings beside the encoder alone and a DataLoader with PIL for each slide."""
-    _bench("extract", cases, rounds, quick, work, results, json)
-
-
-def _bench(name: str, cases: str, rounds: int, quick: bool, work: Path | None, results: Path, json: bool) -> None:
-    def measure() -> tuple[dict[str, Any], str]:
-        from engine import bench as verb
-
-        names = [case.strip() for case in cases.split(",") if case.strip()]
-        result = verb.run(name, cases=names, rounds=rounds, quick=quick, work=work, results=results)
-        return result, verb.describe(result)
-
-    _finish(*_guard(measure, go_on="painted slides stay in --work"), json)
-
-
-@bench.command("compare", epilog="Example: engine bench compare --bench loader --chart loader.svg")
-def bench_compare(
-    name: Annotated[str, typer.Option("--bench", help="which history: shard, loader, shard-quick, ...")] = "shard",
-    results: Results = _RESULTS,
-    chart: Annotated[Path | None, typer.Option(help="draw the ratios into this SVG file")] = None,
-    json: Json = False,
-) -> None:
-    """Show the history of a benchmark as ratios, each hardware by itself."""
-
-    def work() -> tuple[dict[str, Any], str]:
-        from engine import bench as verb
-
-        result = verb.compare(results, name)
-        if chart is None:
-            return result, verb.describe_history(result)
-        verb.write_chart(result, chart)
-        return result | {"chart": str(chart)}, f"{verb.describe_history(result)}\ndrawn in {chart}"
-
-    _finish(*_guard(work), json)
-
-
-weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, epilog="Example: engine weights inspect vit.pth")
-app.add_typer(weights, name="weights", help="Look into checkpoints, and convert them to safetensors.")
-WeightsFile = Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pth, .pt, .bin or .ckpt")]
-
-
-@weights.command("inspect", epilog="Example: engine weights inspect vit256_small_dino.pth")
-def weights_inspect(file: WeightsFile, json: Json = False) -> None:
-    """Show what a checkpoint holds: model, digest, normalisation, spacing, position rule, weights."""
-
-    def work() -> tuple[dict[str, Any], str]:
-        from engine import weights as verb
-
-        result = verb.inspect(file)
-        return result, verb.describe(result)
-
-    _finish(*_guard(work), json)
-
-
-@weights.command(
-    "convert",
-    epilog="Example: engine weights convert uni.bin --model timm architecture=vit_large_patch16_224 "
-    "settings.init_values=1e-5 --normalisation imagenet --mpp 0.5",
-)
-def weights_convert(
-    file: WeightsFile,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the model")] = None,
-    out: Annotated[Path | None, typer.Option(help="the new file; FILE with .safetensors by default")] = None,
-    model: Annotated[str | None, typer.Option(help="its name; recognised by default")] = None,
-    normalisation: Annotated[str | None, typer.Option(help="half, imagenet, none or R,G,B/R,G,B")] = None,
-    mpp: Annotated[float | None, typer.Option(help="spacing it was trained at, in um/px")] = None,
-    json: Json = False,
-) -> None:
-    """Write a checkpoint as safetensors, with digest, normalisation, spacing and position rule in its metadata."""
-
-    def work() -> tuple[dict[str, Any], str]:
-        from engine import weights as verb
-
-        result = verb.convert(file, out, model=model, settings=settings or [], normalisation=normalisation, mpp=mpp)
-        return result, verb.describe(result)
-
-    _finish(*_guard(work), json)
+    finish(*guard(work), json)
 
 
 @app.command(epilog="Example: engine doctor")
@@ -491,46 +321,10 @@ def doctor(json: Json = False) -> None:
         result = verb.run()
         return result, verb.describe(result)
 
-    result, text, code = _guard(work)
+    result, text, code = guard(work)
     if code is Exit.DONE and not result["ok"]:
         code = Exit.FAILED
-    _finish(result, text, code, json)
-
-
-_outputs: list[Output] = []  # the real stdout, while a verb runs
-
-
-def _guard(
-    work: Callable[[], tuple[dict[str, Any], str]], *, go_on: str = "run the same command again to go on"
-) -> tuple[dict[str, Any], str, Exit]:
-    """Run a verb; a mistake of the user or a failure of the run becomes one sentence and an exit code.
-
-    Anything else is our own error and keeps its traceback.
-    """
-    from engine.errors import sentence
-
-    try:
-        result, text = work()
-    except KeyboardInterrupt as stop:
-        say(f"engine: {str(stop) or 'interrupted'}; {go_on}")
-        return {}, "", Exit.INTERRUPTED
-    except Exception as error:
-        found = sentence(error)
-        if found is None:
-            raise
-        text, usage = found
-        say(f"engine: {text}")
-        return {}, "", Exit.USAGE if usage else Exit.FAILED
-    return result, text, Exit.DONE
-
-
-def _finish(result: dict[str, Any], text: str, code: Exit, json: bool) -> None:
-    if result:
-        if json:
-            _outputs[-1].json(result)
-        else:
-            _outputs[-1].print(text)
-    raise typer.Exit(int(code))
+    finish(result, text, code, json)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -548,7 +342,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send either before they take the machine away
         signal.signal(number, _interrupt)
     with own_stdout() as output:
-        _outputs.append(output)
+        outputs.append(output)
         app()
 
 
