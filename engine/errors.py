@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 _OURS = ("engine", "sharding", "models", "benchmarks", "configs")
+_NO_MEMORY = re.compile(r"out of memory|n[o']t allocate memory|CUDA allocation failed|bad_alloc", re.IGNORECASE)
 
 
 def sentence(error: BaseException) -> tuple[str, bool] | None:
@@ -12,6 +15,8 @@ def sentence(error: BaseException) -> tuple[str, bool] | None:
     failures of the run: a full disk, a lock, a library or a device that is missing.
     """
     text = " ".join(str(error).split()) or type(error).__name__
+    if is_out_of_memory(error):
+        return (text if "out of memory" in text else f"out of memory: {text}"), False
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
         return (text, True) if _raised_by_us(error) else None
     if isinstance(error, OSError):
@@ -21,6 +26,13 @@ def sentence(error: BaseException) -> tuple[str, bool] | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith(_OURS):
         return text, False
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the machine or of its GPU, did not suffice: by numpy's, torch's or DALI's error."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from engine.config import UsageError
 from engine.data.regions import check_views
 from engine.data.selection import open_datasets, select
 from engine.data.weighted import class_shares
+from engine.errors import is_out_of_memory
 from engine.launch import Nodes, as_given_rank, given_ranks, launch, quiet_unless_main
 from engine.recipes import TrainRecipe
 from engine.rundir import read_metrics
@@ -80,6 +81,20 @@ def _processes(recipe: TrainRecipe) -> int:
 
 def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     """One rank's part of a run; the run folder has been prepared. Every rank returns the same shape."""
+    try:
+        return _train_rank(recipe, request)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = " ".join(str(error).split("\n", 1)[0].split())
+        raise RuntimeError(
+            f"out of memory ({found or 'no more could be had'}) with batch_size={recipe.batch_size} and "
+            f"accumulate={recipe.accumulate}: raise accumulate, set checkpoint_activations=true or precision=bf16, "
+            "lower batch_size, or take a smaller model"
+        ) from error
+
+
+def _train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     import torch
 
     from engine.data import Balance, open_loader

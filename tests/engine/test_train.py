@@ -202,6 +202,34 @@ def test_a_run_that_cannot_work_is_refused_before_it_starts(dataset: Path, tmp_p
     assert not run.exists()
 
 
+def test_a_run_does_not_go_on_with_another_dataset(dataset: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    _train(dataset, run, *SMALL, "steps=1")
+    synth.run(other / "slides", slides=1, size=1536, seed=9, workers=1)
+    shard.run(ShardRecipe(slides=str(other / "slides"), out=other / "dataset", workers=1), local=True)
+    before = (run / "last" / "model.safetensors").read_bytes()
+    errors = _train(other / "dataset", run, *SMALL, "steps=2", "--resume", code=2)
+    assert "dataset" in errors
+    assert (run / "last" / "model.safetensors").read_bytes() == before
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", str(dataset), str(moved)], check=True)
+    assert _train(moved, run, *SMALL, "steps=2", "--resume")["start_step"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_that_memory_does_not_hold_is_told_in_a_sentence(dataset: Path, tmp_path: Path, processes: int) -> None:
+    huge = ("batch_size=8", "model.dim=1048576", f"processes={processes}")
+    errors = _train(dataset, tmp_path / "run", *huge, code=1)
+    assert "out of memory" in errors
+    assert "batch_size=8" in errors
+    assert "accumulate" in errors
+
+
+def test_a_run_that_cannot_be_written_is_told_in_a_sentence(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in _train(dataset, tmp_path / "file" / "run", *SMALL, code=1)
+
+
 def test_a_damaged_sample_stops_the_run_by_name(dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "dataset"
     subprocess.run(["cp", "-r", str(dataset), str(copy)], check=True)
