@@ -18,8 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	@rm -rf $(DEMO)
-	@echo "--- four painted slides"
-	@$(BIN)/engine synth $(DEMO)/slides --slides 4 --size 4096 --seed 0
+	@echo "--- six painted slides"
+	@$(BIN)/engine synth $(DEMO)/slides --slides 6 --size 3072 --seed 0
 	@echo "--- slides to a dataset"
 	@$(BIN)/engine shard shard/tiny slides=$(DEMO)/slides out=$(DEMO)/dataset
 	@echo "--- every byte checked, and one page about it"
@@ -27,12 +27,16 @@ demo: setup
 	@$(BIN)/engine report $(DEMO)/dataset
 	@echo "--- ViTTM-HMR, tiny, on the dataset"
 	@$(BIN)/engine train train/vittm_hmr_tiny dataset=$(DEMO)/dataset run=$(DEMO)/run steps=60
+	@echo "--- its features of every patch, and what they know about the slides"
+	@$(BIN)/engine extract extract/vittm_hmr dataset=$(DEMO)/dataset weights=$(DEMO)/run input_px=224 out=$(DEMO)/embeddings
+	@$(BIN)/engine evaluate evaluate/tiny store=$(DEMO)/embeddings labels=$(DEMO)/slides/labels.csv
 	@echo
 	@echo "The loss at the start and at the end stand above; the run's every step is in $(DEMO)/run/metrics.jsonl."
 	@echo "Look at:  $(DEMO)/slides/*.svs            the painted slides (any slide viewer)"
 	@echo "          $(DEMO)/dataset/report.html     the dataset on one page (any browser)"
 	@echo "          $(DEMO)/dataset/shards/*.tar    patches as WebDataset shards; index.parquet beside them"
 	@echo "          $(DEMO)/run/                    checkpoints, metrics, TensorBoard"
+	@echo "          $(DEMO)/embeddings/             one array of embeddings per slide (zarr)"
 
 test: setup
 	$(BIN)/ruff check .
