@@ -252,7 +252,8 @@ def test_one_rank_that_is_told_to_stop_stops_all_at_the_same_step(start_ranks: A
     assert [rank.returncode for rank in ranks] == [130, 130]
     step = last_step(run)
     assert 5 <= step < 3000
-    assert all(f"stopped by SIGUSR1 after step {step} of 3000" in text for text in told)
+    assert f"stopped by SIGUSR1 after step {step} of 3000" in told[0]
+    assert "stopped" not in told[1]  # once is enough
     assert torch.load(run / "last" / "state.pt", weights_only=True)["seen"] == 6 * step
 
 
@@ -307,7 +308,7 @@ def child(run, fatal):
     def fault_point(name):
         nonlocal passed
         passed += name.startswith("checkpoint.")
-        if passed == fatal:
+        if passed == fatal > 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     faults.fault_point = fault_point
