@@ -88,7 +88,8 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     reach cosine 0.977 with the best constant, which makes a plain cosine loss blind. `over` says what is taken away:
 
     * "batch": per channel, over all positions of all images. What images have in common is gone; how they differ
-      (stain, density) and what varies within each stays. Under DDP and accumulation the batch is that of this forward.
+      (stain, density) and what varies within each stays. The batch is that of all ranks, which hold equally many images;
+      of a batch that is computed in parts, each part is one.
     * "image": per channel, over the positions of each image. How images differ is gone too. No image depends on
       another, but hardly anything is left to predict: on crops of eight MoNuSeg images the mean of the visible patches,
       weighted by distance, reaches cosine 0.08 at best (0.40 with "batch").
@@ -104,8 +105,17 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     if over == "none":
         return target_BTC
     axis = {"batch": (0, 1), "image": (1,), "patch": (2,)}[over]
-    centred_BTC = target_BTC - target_BTC.mean(dim=axis, keepdim=True)
-    return centred_BTC * (centred_BTC.square().mean(dim=axis, keepdim=True) + 1e-6).rsqrt()
+    several = over == "batch" and torch.distributed.is_available() and torch.distributed.is_initialized()
+    mean = target_BTC.mean(dim=axis, keepdim=True)
+    centred_BTC = target_BTC - (_mean_over_ranks(mean) if several else mean)
+    variance = centred_BTC.square().mean(dim=axis, keepdim=True)
+    return centred_BTC * ((_mean_over_ranks(variance) if several else variance) + 1e-6).rsqrt()
+
+
+@torch.compiler.disable
+def _mean_over_ranks(mean: Tensor) -> Tensor:
+    torch.distributed.all_reduce(mean)
+    return mean / torch.distributed.get_world_size()
 
 
 def negative_cosine(prediction_BTC: Tensor, target_BTC: Tensor, where_BT: Tensor | None = None) -> Tensor:
