@@ -88,8 +88,8 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     reach cosine 0.977 with the best constant, which makes a plain cosine loss blind. `over` says what is taken away:
 
     * "batch": per channel, over all positions of all images. What images have in common is gone; how they differ
-      (stain, density) and what varies within each stays. The batch is that of all ranks, which hold equally many images;
-      of a batch that is computed in parts, each part is one.
+      (stain, density) and what varies within each stays. The batch is that of all ranks, each with equally many
+      images; of one that is computed in parts, each part is a batch.
     * "image": per channel, over the positions of each image. How images differ is gone too. No image depends on
       another, but hardly anything is left to predict: on crops of eight MoNuSeg images the mean of the visible patches,
       weighted by distance, reaches cosine 0.08 at best (0.40 with "batch").
