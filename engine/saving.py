@@ -41,6 +41,7 @@ class Checkpoints:
         # Other sums, or pixels within the loaders' tolerance: where these change, the numbers change in the last bits.
         self._means = {
             "processes": runtime.world_size,
+            "accumulate": recipe.accumulate,
             "device": runtime.device.partition(":")[0],
             "dtype": runtime.dtype_name,
             "loader": backend,
