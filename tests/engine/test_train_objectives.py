@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from engine.objective_recipes import OptimRecipe
 from engine.objectives import make_objective
 from engine.optim import Schedules, clip, make_optimizer
 from engine.recipes import ShardRecipe, TrainRecipe
+from engine.runtime import Runtime
 from engine.train_recipe import build_train_recipe
+from engine.trainer import _Parts, _Stepper
 from engine.watching import watch_features
 from models import build_model, load_weights
 from models.objectives.dino import cosine_schedule
@@ -142,6 +145,23 @@ def test_a_batch_in_uneven_parts_gives_the_same_steps(dataset: Path, tmp_path: P
     for key in ("loss.center",) if "loss.center" in one else ():
         torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-7)
     assert parts[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-4)
+
+
+def test_buckets_are_settled_by_no_more_samples_than_a_step_takes_at_once() -> None:
+    recipe = _recipe(*DINO, "batch_size=20", "accumulate=4")
+    objective: Any = make_objective(recipe)
+    sizes: list[int] = []
+    loss = objective.loss
+    objective.loss = lambda parallel, batch, *more, **keys: (
+        sizes.append(len(batch.images[0])) or loss(parallel, batch, *more, **keys)
+    )
+    model = objective.model
+    parts = _Parts(model, make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False), None)
+    stepper = _Stepper(recipe, Runtime("cpu", "float32", 0, 0, 2), objective, model, parts)
+    stepper.settle_buckets(SimpleNamespace(views=recipe.crop_views()))  # type: ignore[arg-type]
+    assert sizes == [3]  # 10 samples of a rank: 3, 3, 2, 2
+    assert not model.loss.center.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_drop_path_follows_from_the_step_so_that_a_resumed_run_repeats_it(dataset: Path, tmp_path: Path) -> None:
