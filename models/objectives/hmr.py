@@ -7,6 +7,7 @@ Shapes: B images, N process tokens, T targets (memory patches), C numbers per ta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -104,12 +105,19 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     """
     if over == "none":
         return target_BTC
-    axis = {"batch": (0, 1), "image": (1,), "patch": (2,)}[over]
-    several = over == "batch" and torch.distributed.is_available() and torch.distributed.is_initialized()
-    mean = target_BTC.mean(dim=axis, keepdim=True)
-    centred_BTC = target_BTC - (_mean_over_ranks(mean) if several else mean)
-    variance = centred_BTC.square().mean(dim=axis, keepdim=True)
-    return centred_BTC * ((_mean_over_ranks(variance) if several else variance) + 1e-6).rsqrt()
+    mean = (
+        _mean_over_batch if over == "batch" else partial(torch.mean, dim={"image": 1, "patch": 2}[over], keepdim=True)
+    )
+    centred_BTC = target_BTC - mean(target_BTC)
+    return centred_BTC * (mean(centred_BTC.square()) + 1e-6).rsqrt()
+
+
+def _mean_over_batch(x_BTC: Tensor) -> Tensor:
+    """[1, 1, C], over all ranks. In float64 and rounded once, it is the same on one rank and on several."""
+    mean_11C = x_BTC.mean(dim=(0, 1), keepdim=True, dtype=torch.float64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean_11C = _mean_over_ranks(mean_11C)
+    return mean_11C.to(x_BTC.dtype)
 
 
 @torch.compiler.disable
