@@ -72,7 +72,7 @@ def train(
     )
     agreement = Agreement(runtime, 2)
     checkpoints = Checkpoints(recipe, runtime, loader.backend)
-    start, replaced_before = _restore(recipe.run, runtime, agreement, parts, loader, checkpoints)
+    start, replaced_before = _restore(recipe.run, runtime, agreement, parts, objective, loader, checkpoints)
     replaced = replaced_before
     if recipe.compile:
         objective.compile()
@@ -233,6 +233,7 @@ def _restore(
     runtime: Runtime,
     agreement: Agreement,
     parts: _Parts,
+    objective: Objective,
     loader: StreamLoader,
     checkpoints: Checkpoints,
 ) -> tuple[int, int]:
@@ -245,6 +246,8 @@ def _restore(
     if "scaler" in state:  # not in those of the first version
         parts.scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"])
+    if "objective" in state:
+        objective.load_state_dict(state["objective"])
     if "checkpoints" in state:
         checkpoints.load_state_dict(state["checkpoints"])
     return step, int(state["replaced"])
@@ -266,6 +269,7 @@ def _save(
         "optimizer": parts.optimizer.state_dict(),
         "scaler": parts.scaler.state_dict(),
         "loader": loader.state_dict(),
+        "objective": objective.state_dict(),
         "world_size": runtime.world_size,
     }
     checkpoints.save(step, parts.model, state, average=parts.average, describe=objective.describe)
