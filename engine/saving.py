@@ -75,7 +75,9 @@ class Checkpoints:
         if name is None:
             return
         if name not in means:
-            raise ValueError(f"best_of={name}: no such number is logged; expected one of {', '.join(sorted(means))}")
+            raise ValueError(
+                f"best_of={name}: no such number is known of every step; expected one of {', '.join(sorted(means))}"
+            )
         self._sum += means[name]
         self._count += 1
 
