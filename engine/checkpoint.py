@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from sharding.atomic import TEMPORARY_PREFIX, fsync_folder
 from sharding.faults import fault_points
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 _AVERAGE = "ema.safetensors"
 _STATE = "state.pt"
 _MANIFEST = "checkpoint.json"
@@ -93,9 +93,9 @@ def _write(
         shutil.rmtree(folder)
     with fault_points("checkpoint.mkdir"):
         folder.mkdir(parents=True)
-    names = [_WEIGHTS, _STATE]
+    names = [WEIGHTS, _STATE]
     with fault_points("checkpoint.weights"):
-        _write_weights(model, folder / _WEIGHTS, describe)
+        _write_weights(model, folder / WEIGHTS, describe)
     if average is not None:
         names.append(_AVERAGE)
         with fault_points("checkpoint.average"):
@@ -177,7 +177,7 @@ def fault_of(folder: Path, *, digests: bool = True) -> str | None:
         manifest = read_manifest(folder)
         if manifest is None:
             return _fault_without_manifest(folder)
-        for name in {_WEIGHTS, _STATE, *manifest["files"]}:
+        for name in {WEIGHTS, _STATE, *manifest["files"]}:
             noted = manifest["files"][name]
             size = (folder / name).stat().st_size
             if size != noted["bytes"]:
@@ -206,11 +206,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _fault_without_manifest(folder: Path) -> str | None:
-    for name in (_WEIGHTS, _STATE):
+    for name in (WEIGHTS, _STATE):
         if not (folder / name).exists():
             return f"{name} is missing"
     try:
-        with safe_open(folder / _WEIGHTS, "pt"):
+        with safe_open(folder / WEIGHTS, "pt"):
             pass
         state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -224,7 +224,7 @@ def load_checkpoint(folder: Path, model: nn.Module, average: AveragedModel | Non
     Raises ValueError where the checkpoint does not fit the model.
     """
     try:
-        model.load_state_dict(load_file(folder / _WEIGHTS))
+        model.load_state_dict(load_file(folder / WEIGHTS))
         if average is not None:
             average.module.load_state_dict(load_file(folder / _AVERAGE))
     except RuntimeError as error:

@@ -45,6 +45,10 @@ class DinoRecipe(Recipe):
 
     small_px: int = Field(96, ge=16, description="side of a small crop")
     num_small: int = Field(8, ge=0, description="small crops of each sample")
+    large_scale: tuple[float, float] = Field(
+        (0.32, 1.0), description="smallest and largest share of the patch's area in a large crop, where ect is null"
+    )
+    small_scale: tuple[float, float] = Field((0.05, 0.32), description="the same in a small crop")
     solarise: float = Field(0.2, ge=0, le=1, description="probability in the second large crop")
     out_dim: int = Field(65536, ge=2, description="prototypes")
     hidden_dim: int = Field(2048, ge=1, description="width of the head's hidden layers")
@@ -61,7 +65,8 @@ class DinoRecipe(Recipe):
 
     def view_options(self) -> dict[str, Any]:
         """What `dino_views` takes beside sizes that other keys give."""
-        return {"num_small": self.num_small, "solarise": self.solarise}
+        names = ("num_small", "large_scale", "small_scale", "solarise")
+        return {name: getattr(self, name) for name in names}
 
 
 class SupervisedRecipe(Recipe):

@@ -137,7 +137,9 @@ class TrainRecipe(Recipe):
         "auto",
         description="auto is dino with views=dino, masked for models that mask, else supervised.label",
     )
-    weights: Place | None = Field(None, description="checkpoint that the model starts from; null is random weights")
+    weights: Place | None = Field(
+        None, description="file, run or checkpoint that the model starts from; null is random"
+    )
     freeze: Patterns = Field((), description="patterns of names of parameters that do not learn, as [blocks.0.*]")
     steps: int = Field(ge=1, description="optimiser steps in all")
     batch_size: int = Field(64, ge=1, description="global, per optimiser step; divisible by the number of processes")

@@ -29,9 +29,18 @@ from sharding.atomic import TEMPORARY_PREFIX, atomic_path, sweep_temporary, writ
 
 METRICS = "metrics.jsonl"
 # What a resumed run may change: where things lie, how long it goes on, how it is carried out and what is kept of it.
-# Of these `steps` moves the schedule's end, and `processes` and `loader` the last bits: the run goes on with a warning.
+# Of these `steps` moves the schedule's end, and `processes`, `accumulate` and `loader` the last bits: all are told.
 _PLACES = {"run", "dataset", "cache", "cache_gib", "weights"}
-_CARRIED_OUT = {"steps", "processes", "loader", "bad_samples", "watchdog_s", "compile", "checkpoint_activations"}
+_CARRIED_OUT = {
+    "steps",
+    "processes",
+    "accumulate",
+    "loader",
+    "bad_samples",
+    "watchdog_s",
+    "compile",
+    "checkpoint_activations",
+}
 _KEPT = {
     "log_every",
     "watch_every",

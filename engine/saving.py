@@ -41,6 +41,7 @@ class Checkpoints:
         # Other sums, or pixels within the loaders' tolerance: where these change, the numbers change in the last bits.
         self._means = {
             "processes": runtime.world_size,
+            "accumulate": recipe.accumulate,
             "device": runtime.device.partition(":")[0],
             "dtype": runtime.dtype_name,
             "loader": backend,
@@ -74,7 +75,9 @@ class Checkpoints:
         if name is None:
             return
         if name not in means:
-            raise ValueError(f"best_of={name}: no such number is logged; expected one of {', '.join(sorted(means))}")
+            raise ValueError(
+                f"best_of={name}: no such number is known of every step; expected one of {', '.join(sorted(means))}"
+            )
         self._sum += means[name]
         self._count += 1
 

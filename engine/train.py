@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import WEIGHTS
 from engine.config import UsageError
 from engine.data.regions import check_views
 from engine.data.selection import open_datasets, select
@@ -42,9 +43,7 @@ def _run(recipe: TrainRecipe, resume: bool, nodes: Nodes | None, request: StopRe
     if recipe.cache is not None:
         places["cache"] = recipe.cache.expanduser().resolve()
     if recipe.weights is not None:
-        places["weights"] = recipe.weights.expanduser().resolve()
-        if not places["weights"].is_file():
-            raise UsageError(f"weights={recipe.weights}: there is no such file.")
+        places["weights"] = _weights_file(recipe.weights)
     recipe = recipe.model_copy(update=places)
     ranks = given_ranks(nodes)
     if ranks is None or ranks.rank == 0:
@@ -53,6 +52,15 @@ def _run(recipe: TrainRecipe, resume: bool, nodes: Nodes | None, request: StopRe
     if ranks is not None:
         return as_given_rank(recipe, main, ranks, resume=resume)
     return launch(recipe, main, nodes or Nodes(), processes=_processes(recipe), resume=resume)
+
+
+def _weights_file(place: Path) -> Path:
+    """The file that is meant: `place`, or the weights in it where it is a run or a checkpoint."""
+    path = place.expanduser().resolve()
+    for file in (path, path / "last" / WEIGHTS, path / WEIGHTS):
+        if file.is_file():
+            return file.resolve()
+    raise UsageError(f"weights={place}: there is no such file, nor a run or a checkpoint with {WEIGHTS} in it.")
 
 
 def _check_datasets(recipe: TrainRecipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ class TrainLog:
             gib = torch.cuda.max_memory_allocated() / 2**30
             line["gpu_gib"] = round(gib, 3)
             note += f"  {gib:.1f} GiB"
-        self._file.write(json.dumps(line) + "\n")
+        # JSON has no infinity, which a gradient's norm may reach with fp16.
+        plain = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
         for name, value in line.items():
             if name != "step":

@@ -72,7 +72,7 @@ def train(
     )
     agreement = Agreement(runtime, 2)
     checkpoints = Checkpoints(recipe, runtime, loader.backend)
-    start, replaced_before = _restore(recipe.run, runtime, agreement, parts, loader, checkpoints)
+    start, replaced_before = _restore(recipe.run, runtime, agreement, parts, objective, loader, checkpoints)
     replaced = replaced_before
     if recipe.compile:
         objective.compile()
@@ -82,6 +82,7 @@ def train(
     if runtime.world_size > 1 and start < recipe.steps:
         stepper.settle_buckets(loader)
     share = recipe.batch_size // runtime.world_size
+    saved = False
     with TrainLog(recipe, runtime, start) as log:
         for step in range(start, recipe.steps):
             fault_point("train.step")
@@ -94,7 +95,8 @@ def train(
             rate, values, features = stepper.gradients(batch, np.arange(first, first + share), step)
             stop, overdue = agreement.largest(request.number, checkpoints.is_overdue)
             regular = checkpoints.is_regular(step + 1)
-            saved = regular or bool(stop or overdue)
+            # With several ranks this was said after the step before, of a time before that step was saved.
+            saved = regular or bool(stop or (overdue and not saved))
             # Looking at the loss waits for the GPU, so it is done where it is shown, and before it is kept.
             means = _mean_over_ranks(values, runtime) if logged or saved else {}
             if means:
@@ -146,9 +148,7 @@ class _Stepper:
             whole = len(pieces) == 1
             part = batch if whole else _part(batch, slice(int(piece[0]), int(piece[-1]) + 1))
             with self._without_sync(not last):
-                with torch.autocast(
-                    torch.device(runtime.device).type, runtime.dtype, enabled=runtime.dtype_name != "float32"
-                ):
+                with self._autocast():
                     found = self._objective.loss(self._parallel, part, positions[piece], step, last=last)
                 watched = found.pop("features", None)
                 if watched is not None:
@@ -161,6 +161,10 @@ class _Stepper:
         parts.scaler.unscale_(parts.optimizer)
         values["grad_norm"] = clip(parts.model, recipe.optim)
         return rate, values, torch.cat(features) if features else None
+
+    def _autocast(self) -> torch.autocast:
+        runtime = self._runtime
+        return torch.autocast(torch.device(runtime.device).type, runtime.dtype, enabled=runtime.dtype_name != "float32")
 
     def _without_sync(self, wanted: bool) -> AbstractContextManager[None]:
         """Leave the ranks' gradients apart until the batch's last part."""
@@ -201,12 +205,14 @@ class _Stepper:
         a resumed run would then differ from an uninterrupted one in the last bits of its first step.
         """
         share = self._recipe.batch_size // self._runtime.world_size
+        size = math.ceil(share / self._recipe.accumulate)  # no more than a step takes at once
         kept = [buffer.clone() for buffer in self._parts.model.buffers()]
         images = [
-            torch.zeros((share, 3, view.size_px, view.size_px), device=self._runtime.device) for view in loader.views
+            torch.zeros((size, 3, view.size_px, view.size_px), device=self._runtime.device) for view in loader.views
         ]
-        batch = PatchBatch(images, torch.zeros(share, dtype=torch.int64), np.zeros(share, np.uint64))
-        values = self._objective.loss(self._parallel, batch, np.arange(share), 0, last=True)
+        batch = PatchBatch(images, torch.zeros(size, dtype=torch.int64), np.zeros(size, np.uint64))
+        with self._autocast():
+            values = self._objective.loss(self._parallel, batch, np.arange(size), 0, last=True)
         values["loss"].backward()
         self._parallel.zero_grad(set_to_none=True)
         for buffer, before in zip(self._parts.model.buffers(), kept, strict=True):
@@ -227,6 +233,7 @@ def _restore(
     runtime: Runtime,
     agreement: Agreement,
     parts: _Parts,
+    objective: Objective,
     loader: StreamLoader,
     checkpoints: Checkpoints,
 ) -> tuple[int, int]:
@@ -239,6 +246,8 @@ def _restore(
     if "scaler" in state:  # not in those of the first version
         parts.scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"])
+    if "objective" in state:
+        objective.load_state_dict(state["objective"])
     if "checkpoints" in state:
         checkpoints.load_state_dict(state["checkpoints"])
     return step, int(state["replaced"])
@@ -260,6 +269,7 @@ def _save(
         "optimizer": parts.optimizer.state_dict(),
         "scaler": parts.scaler.state_dict(),
         "loader": loader.state_dict(),
+        "objective": objective.state_dict(),
         "world_size": runtime.world_size,
     }
     checkpoints.save(step, parts.model, state, average=parts.average, describe=objective.describe)

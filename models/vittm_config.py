@@ -58,8 +58,8 @@ class ViTTMHMRConfig(ModelConfig):
     )
     target_norm: Literal["image", "batch", "patch", "none"] | None = Field(
         default=None,
-        description="Over what a target is standardised. batch: each channel over all positions of the batch (of this "
-        "rank); image: each channel over the positions of its own image; patch: each target over its own channels; "
+        description="Over what a target is standardised. batch: each channel over all positions of the batch (of all "
+        "ranks); image: each channel over the positions of its own image; patch: each target over its own channels; "
         "none. null: batch for random_projection and ema, patch for pixels, none for the original.",
     )
 

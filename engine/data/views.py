@@ -165,6 +165,8 @@ def dino_views(
     small_px: int = 96,
     *,
     num_small: int = 8,
+    large_scale: tuple[float, float] = (0.32, 1.0),
+    small_scale: tuple[float, float] = (0.05, 0.32),
     ect: Ect | None = None,
     solarise: float = 0.2,
     output: Literal["uint8", "float16", "float32"] = "float32",
@@ -173,13 +175,13 @@ def dino_views(
 ) -> list[CropView]:
     """Return the two large and `num_small` small views of DINO (Caron et al. 2021; the values of DINOv2).
 
-    Without `ect` the windows have 0.32 to 1 and 0.05 to 0.32 of the patch's area and aspects of 3/4 to 4/3. With
-    one, as Virchow2 does: dino_views(224, 98, ect=Ect(), solarise=0.0), of patches of 392 px. solarise: the probability
-    in the second large view.
+    Without `ect` the windows have shares of the patch's area between the two numbers of large_scale and small_scale
+    (HIPT: 0.4 to 1 and 0.05 to 0.4) and aspects of 3/4 to 4/3. With one, as Virchow2 does: dino_views(224, 98,
+    ect=Ect(), solarise=0.0), of patches of 392 px. solarise: the probability in the second large view.
     """
     aspect = (3 / 4, 4 / 3)
-    large = ect or Ect((0.32, 1.0), aspect, "patch_area")
-    small = ect or Ect((0.05, 0.32), aspect, "patch_area")
+    large = ect or Ect(large_scale, aspect, "patch_area")
+    small = ect or Ect(small_scale, aspect, "patch_area")
     views = []
     for size_px, window, blur, inverted in (
         (large_px, large, 1.0, 0.0),

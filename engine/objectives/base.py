@@ -63,6 +63,14 @@ class Objective(ABC):
         if follow is not None:
             follow(step, total)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What else decides the numbers of a run, as plain values; a checkpoint keeps it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a run must not go on from `state` with what is here."""
+        return
+
     def compile(self) -> None:
         """Have torch compile the model where it is called."""
         self.model.compile()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,7 +33,7 @@ def labels_of(recipe: TrainRecipe) -> Selection:
     if n_classes != len(found.labels):
         raise ValueError(
             f"model.n_classes={n_classes}, and supervised.label={recipe.supervised.label} has {len(found.labels)} "
-            f"values: {', '.join(found.labels[:10])}"
+            f"values: {', '.join(found.labels[:10])}; give model.n_classes={len(found.labels)}, or another column"
         )
     return found
 
@@ -45,6 +48,7 @@ class SupervisedObjective(Objective):
         except ValueError as error:
             raise UsageError(str(error)) from None
         self.classes = found.labels
+        assert found.classes is not None, "`by` was given"
         self._rows, self._class_of = found.rows, found.classes
         encoder = make_encoder(recipe)
         self.prepare(encoder)
@@ -81,9 +85,21 @@ class SupervisedObjective(Objective):
             values["largest_class"] = torch.bincount(labels).max() / len(labels)
         return values
 
+    def state_dict(self) -> dict[str, Any]:
+        """The classes, and the BLAKE2b of every row's: no digest of a dataset covers the columns of slides.parquet."""
+        digest = hashlib.blake2b(self._class_of.astype("<u4").tobytes(), digest_size=16)
+        return {"classes": list(self.classes), "of_rows": digest.hexdigest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Objective.load_state_dict`."""
+        if state != self.state_dict():
+            raise ValueError(
+                f"cannot resume: the values of supervised.label={self.recipe.supervised.label} are no longer those "
+                "that the run has learnt from; put the dataset's tables back, or start a new run"
+            )
+
     def _labels(self, rows: Tensor) -> Tensor:
         """Classes, int64[B], of row numbers int64[B]."""
-        assert self._class_of is not None
         numbers = rows.cpu().numpy()
         places = numbers if self._rows is None else np.searchsorted(self._rows, numbers)
         return torch.from_numpy(self._class_of[places].astype(np.int64))

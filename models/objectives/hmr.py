@@ -7,6 +7,7 @@ Shapes: B images, N process tokens, T targets (memory patches), C numbers per ta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,7 +89,8 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     reach cosine 0.977 with the best constant, which makes a plain cosine loss blind. `over` says what is taken away:
 
     * "batch": per channel, over all positions of all images. What images have in common is gone; how they differ
-      (stain, density) and what varies within each stays. Under DDP and accumulation the batch is that of this forward.
+      (stain, density) and what varies within each stays. The batch is that of all ranks, each with equally many
+      images; of one that is computed in parts, each part is a batch.
     * "image": per channel, over the positions of each image. How images differ is gone too. No image depends on
       another, but hardly anything is left to predict: on crops of eight MoNuSeg images the mean of the visible patches,
       weighted by distance, reaches cosine 0.08 at best (0.40 with "batch").
@@ -103,9 +105,25 @@ def normalise_targets(target_BTC: Tensor, over: Literal["image", "batch", "patch
     """
     if over == "none":
         return target_BTC
-    axis = {"batch": (0, 1), "image": (1,), "patch": (2,)}[over]
-    centred_BTC = target_BTC - target_BTC.mean(dim=axis, keepdim=True)
-    return centred_BTC * (centred_BTC.square().mean(dim=axis, keepdim=True) + 1e-6).rsqrt()
+    mean = (
+        _mean_over_batch if over == "batch" else partial(torch.mean, dim={"image": 1, "patch": 2}[over], keepdim=True)
+    )
+    centred_BTC = target_BTC - mean(target_BTC)
+    return centred_BTC * (mean(centred_BTC.square()) + 1e-6).rsqrt()
+
+
+def _mean_over_batch(x_BTC: Tensor) -> Tensor:
+    """[1, 1, C], over all ranks. In float64 and rounded once, it is the same on one rank and on several."""
+    mean_11C = x_BTC.mean(dim=(0, 1), keepdim=True, dtype=torch.float64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean_11C = _mean_over_ranks(mean_11C)
+    return mean_11C.to(x_BTC.dtype)
+
+
+@torch.compiler.disable
+def _mean_over_ranks(mean: Tensor) -> Tensor:
+    torch.distributed.all_reduce(mean)
+    return mean / torch.distributed.get_world_size()
 
 
 def negative_cosine(prediction_BTC: Tensor, target_BTC: Tensor, where_BT: Tensor | None = None) -> Tensor:

@@ -274,9 +274,10 @@ def test_a_run_carried_out_otherwise_is_told_that_its_last_bits_differ(
     state = Checkpoints(recipe, ALONE, "dali").state_dict()
     Checkpoints(recipe, ALONE, "dali").load_state_dict(state)
     assert capsys.readouterr().err == ""
-    Checkpoints(recipe, Runtime("cuda:0", "bfloat16", 0, 0, 3), "dali").load_state_dict(state)
+    parts = recipe_of(tmp_path, accumulate=4)
+    Checkpoints(parts, Runtime("cuda:0", "bfloat16", 0, 0, 3), "dali").load_state_dict(state)
     said = capsys.readouterr().err
-    assert "processes 1 -> 3, device cpu -> cuda, dtype float32 -> bfloat16:" in said
+    assert "processes 1 -> 3, accumulate 1 -> 4, device cpu -> cuda, dtype float32 -> bfloat16:" in said
     assert "last bit" in said
 
 
@@ -380,6 +381,7 @@ def test_what_does_not_change_the_numbers_may_change_on_resume(tmp_path: Path) -
     train(recipe_of(tmp_path))
     free = {
         "processes": 2,
+        "accumulate": 4,
         "loader": "torch",
         "bad_samples": "replace",
         "cache_gib": 1.0,

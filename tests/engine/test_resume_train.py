@@ -263,8 +263,8 @@ def test_minutes_make_checkpoints_between_those_of_steps(start_ranks: Any, tmp_p
     told = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    # What rank 0 says after one step is known to all after the next.
-    assert found == [f"step-{step:08d}" for step in range(2, 7)]
+    # What rank 0 says after one step is known to all after the next; by then that step may have been saved.
+    assert found == [f"step-{step:08d}" for step in (2, 4, 6)]
 
 
 @pytest.mark.slow

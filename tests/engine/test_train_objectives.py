@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +21,10 @@ from engine.objective_recipes import OptimRecipe
 from engine.objectives import make_objective
 from engine.optim import Schedules, clip, make_optimizer
 from engine.recipes import ShardRecipe, TrainRecipe
+from engine.runtime import Runtime
+from engine.train_log import TrainLog
 from engine.train_recipe import build_train_recipe
+from engine.trainer import _Parts, _Stepper
 from engine.watching import watch_features
 from models import build_model, load_weights
 from models.objectives.dino import cosine_schedule
@@ -144,6 +150,23 @@ def test_a_batch_in_uneven_parts_gives_the_same_steps(dataset: Path, tmp_path: P
     assert parts[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-4)
 
 
+def test_buckets_are_settled_by_no_more_samples_than_a_step_takes_at_once() -> None:
+    recipe = _recipe(*DINO, "batch_size=20", "accumulate=4")
+    objective: Any = make_objective(recipe)
+    sizes: list[int] = []
+    loss = objective.loss
+    objective.loss = lambda parallel, batch, *more, **keys: (
+        sizes.append(len(batch.images[0])) or loss(parallel, batch, *more, **keys)
+    )
+    model = objective.model
+    parts = _Parts(model, make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False), None)
+    stepper = _Stepper(recipe, Runtime("cpu", "float32", 0, 0, 2), objective, model, parts)
+    stepper.settle_buckets(SimpleNamespace(views=recipe.crop_views()))  # type: ignore[arg-type]
+    assert sizes == [3]  # 10 samples of a rank: 3, 3, 2, 2
+    assert not model.loss.center.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_drop_path_follows_from_the_step_so_that_a_resumed_run_repeats_it(dataset: Path, tmp_path: Path) -> None:
     settings = (*DINO, "dino.drop_path=0.5", "checkpoint_every=2")
     straight = _run(dataset, tmp_path / "a", *settings, "steps=4")
@@ -181,8 +204,6 @@ def test_a_classifier_leaves_an_encoder(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_the_rows(dataset: Path) -> None:
-    import polars as pl
-
     where = "slide_id <> 'synth-0001'"
     recipe = _recipe(*SUPERVISED, f"where={where}", dataset=dataset)
     objective: Any = make_objective(recipe)
@@ -209,6 +230,30 @@ def test_labels_that_do_not_fit_are_refused_before_a_run(
     with pytest.raises(UsageError, match=match):
         _run(dataset, tmp_path / "run", *SUPERVISED, *settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_labels(dataset: Path, tmp_path: Path) -> None:
+    copy, run = tmp_path / "dataset", tmp_path / "run"
+    shutil.copytree(dataset, copy)
+    _run(copy, run, *SUPERVISED, "steps=1")
+    slides = pl.read_parquet(copy / "slides.parquet")
+    slides.with_columns(label=pl.col("label").reverse()).write_parquet(copy / "slides.parquet")
+    with pytest.raises(ValueError, match=r"supervised\.label=label are no longer those"):
+        _run(copy, run, *SUPERVISED, "steps=2", resume=True)
+    slides.write_parquet(copy / "slides.parquet")
+    assert len(_run(copy, run, *SUPERVISED, "steps=2", resume=True)) == 2
+
+
+def test_weights_may_be_a_run_or_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    _run(dataset, tmp_path / "a", *DINO, "steps=1")
+    ways = ("a", "a/last", "a/last/model.safetensors")
+    runs = [tmp_path / f"b{number}" for number in range(len(ways))]
+    for way, run in zip(ways, runs, strict=True):
+        lines = _run(dataset, run, *DINO, "steps=1", "seed=5", f"weights={tmp_path / way}")
+        assert lines[0]["loss"] == json.loads((runs[0] / "metrics.jsonl").read_text())["loss"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="nor a run or a checkpoint"):
+        _run(dataset, tmp_path / "c", *DINO, "steps=1", f"weights={tmp_path / 'empty'}")
 
 
 def test_a_run_starts_from_weights_and_leaves_frozen_ones_alone(dataset: Path, tmp_path: Path) -> None:
@@ -252,6 +297,13 @@ def test_half_precision_scales_its_loss(dataset: Path, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "last" / "state.pt", weights_only=True)["scaler"]["scale"] > 1
     full = _run(dataset, tmp_path / "full", *HMR, "steps=3")
     assert _losses(lines) == pytest.approx(_losses(full), abs=0.02)
+
+
+def test_a_norm_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    with TrainLog(_recipe(*HMR, run=tmp_path), Runtime("cpu", "float16", 0, 0, 1), 0) as log:
+        log.step(1, {"loss": 0.5, "grad_norm": math.inf}, 0.1, {"seen": 6}, 0.0, 1.0)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["loss"], line["grad_norm"]) == (0.5, None)
 
 
 @pytest.mark.parametrize("name", [HMR, DINO, (*SUPERVISED, "steps=3")], ids=["hmr", "dino", "vittm"])

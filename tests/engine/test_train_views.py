@@ -67,6 +67,14 @@ def test_dino_has_its_own_views_and_models_of_one_crop_refuse_them() -> None:
         _recipe("views=dino")
 
 
+@pytest.mark.parametrize("name", ["hipt_patch_dino", "hipt_patch_dino_lymphoma"])
+def test_recipes_of_hipt_crop_as_it_was_published(name: str) -> None:
+    values = apply_overrides(read_recipe("train", f"train/{name}"), ["dataset=d", "run=r"])
+    windows = [view.ect for view in build_train_recipe(values).crop_views()]
+    large, small = (Ect(scale, (3 / 4, 4 / 3), "patch_area") for scale in ((0.4, 1.0), (0.05, 0.4)))
+    assert windows == [large] * 2 + [small] * 8
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
