@@ -17,11 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Round, Setting, cpu_seconds, every_core
-from benchmarks.slides import painted
-from engine.config import apply_overrides, build, read_recipe
-from engine.recipes import ShardRecipe
-from engine.shard import run as shard
+from benchmarks.harness import Round, Setting, cpu_seconds
+from benchmarks.slides import sharded
 
 # Opens an endless stream of batches: tensors [batch_size, 3, S, S] as a view says, uint8 or normalised float32. What
 # decodes and does no more yields whatever its decoder returns.
@@ -63,13 +60,7 @@ class Patches:
 def painted_patches(setting: Setting) -> Patches:
     """Patches of 320 px as `shard/context320` stores them, made where they are not there yet."""
     place = setting.work / ("loader-quick" if setting.quick else "loader")
-    slides = painted(setting, "chroma_420")[0].parent
-    keys = [f"slides={slides}", f"out={place / 'dataset'}"]
-    recipe = build(ShardRecipe, apply_overrides(read_recipe("shard", "shard/context320"), keys))
-    if not (recipe.out / "dataset.json").exists():
-        with every_core(setting):
-            shard(recipe, local=True)
-    return Patches(recipe.out, recipe.context_px, 16 if setting.quick else 256, place)
+    return Patches(sharded(setting, "context320"), 320, 16 if setting.quick else 256, place)
 
 
 def time_feed(feed: Feed, *, warm: int, timed: int) -> Round:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.harness import Setting, every_core
+from engine.config import apply_overrides, build, read_recipe
+from engine.recipes import ShardRecipe
+from engine.shard import run as shard
 from engine.synth import run as synth
 
 SlideSet = Literal["chroma_420", "chroma_444", "tile_240", "large"]
@@ -28,3 +31,14 @@ def painted(setting: Setting, name: SlideSet) -> list[Path]:
         with every_core(setting):
             synth(folder, seed=1, **(_SETS[name] | (_QUICK if setting.quick else {})))
     return sorted(folder.glob("*.svs"))
+
+
+def sharded(setting: Setting, name: str, slides: SlideSet = "chroma_420") -> Path:
+    """The dataset that `shard/NAME` makes of a set, made where it is not there yet."""
+    folder = setting.work / ("datasets-quick" if setting.quick else "datasets") / f"{slides}-{name}"
+    keys = [f"slides={painted(setting, slides)[0].parent}", f"out={folder}"]
+    recipe = build(ShardRecipe, apply_overrides(read_recipe("shard", f"shard/{name}"), keys))
+    if not (folder / "dataset.json").exists():
+        with every_core(setting):
+            shard(recipe, local=True)
+    return folder

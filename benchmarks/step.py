@@ -2,7 +2,7 @@
 
 On one core: a forward pass of the patch ViT beside timm's of the same size, and regions in one batch beside regions one
 at a time. On a GPU: forward passes and training steps in bfloat16, as a share of the matrix products that it was
-measured to do.
+measured to do. Of training as a whole, with the loader: `train_step.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import train_step
 from benchmarks.harness import OURS, CannotRunError, Case, Run, Setting, against_peers, alone, play
 from models import build_model
 from models.hipt import HIPT4K
@@ -163,4 +164,5 @@ CASES: dict[str, Case] = {
     "gpu_patch_forward_compiled": partial(_on_gpu, measure=partial(_gpu_patch, train=False, compiled=True)),
     "gpu_patch_step": partial(_on_gpu, measure=partial(_gpu_patch, train=True, compiled=False)),
     "gpu_patch_step_compiled": partial(_on_gpu, measure=partial(_gpu_patch, train=True, compiled=True)),
+    **train_step.CASES,
 }

@@ -59,7 +59,10 @@ def bench_step(
     results: Results = _RESULTS,
     json: Json = False,
 ) -> None:
-    """Measure models on batches that are there already, on one core beside timm and, where there is one, on a GPU."""
+    """Measure models beside timm on one core, and training with the loader beside the same steps on a batch in memory.
+
+    Where there is a GPU, both are measured there too.
+    """
     _bench("step", cases, rounds, quick, work, results, json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import WEIGHTS
 from engine.config import UsageError
@@ -17,6 +17,10 @@ from engine.launch import Nodes, as_given_rank, given_ranks, launch, quiet_unles
 from engine.recipes import TrainRecipe
 from engine.rundir import read_metrics
 from engine.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from engine.data.opening import StreamLoader
+    from engine.runtime import Runtime
 
 _MEAN_OF = 5
 
@@ -105,7 +109,6 @@ def train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
 def _train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     import torch
 
-    from engine.data import Balance, open_loader
     from engine.objectives import make_objective
     from engine.runtime import Runtime, process_group
     from engine.trainer import train
@@ -121,23 +124,7 @@ def _train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
     with quiet_unless_main(), watchdog, process_group(runtime, timeout_s=watchdog.longest_s):
         if runtime.world_size > 1:
             torch.distributed.barrier()  # ranks that torchrun started wait for rank 0 to prepare the run folder
-        loader = open_loader(
-            recipe.datasets,
-            batch_size_per_rank=recipe.batch_size // runtime.world_size,
-            views=recipe.crop_views(),
-            backend=recipe.loader,
-            seed=recipe.seed,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-            where=recipe.where,
-            balance=Balance(recipe.balance, recipe.balance_weights) if recipe.balance else None,
-            locality=recipe.locality.made() if recipe.locality else None,
-            bad_samples=recipe.bad_samples,
-            cache=recipe.cache,
-            cache_bytes=recipe.cache_bytes,
-            threads=min(16, runtime.cores),
-        )
+        loader = open_train_loader(recipe, runtime)
         with loader:
             objective.mpp = loader.mpp
             start, seen, replaced = train(recipe, runtime, objective, loader, request, watchdog)
@@ -154,6 +141,29 @@ def _train_rank(recipe: TrainRecipe, request: StopRequest) -> dict[str, Any]:
         "loader": loader.backend,
         "device": runtime.device,
     }
+
+
+def open_train_loader(recipe: TrainRecipe, runtime: Runtime) -> StreamLoader:
+    """This rank's part of the recipe's stream of batches, from its beginning; raises what `open_loader` does."""
+    from engine.data import Balance, open_loader
+
+    return open_loader(
+        recipe.datasets,
+        batch_size_per_rank=recipe.batch_size // runtime.world_size,
+        views=recipe.crop_views(),
+        backend=recipe.loader,
+        seed=recipe.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        where=recipe.where,
+        balance=Balance(recipe.balance, recipe.balance_weights) if recipe.balance else None,
+        locality=recipe.locality.made() if recipe.locality else None,
+        bad_samples=recipe.bad_samples,
+        cache=recipe.cache,
+        cache_bytes=recipe.cache_bytes,
+        threads=min(16, runtime.cores),
+    )
 
 
 def _mean(values: list[float]) -> float | None:

@@ -25,7 +25,7 @@ from engine.data.finish import (
     ImageMemory,
     empty_images,
     finish,
-    finish_sample,
+    finish_samples,
     finishing_pool,
     submit_samples,
     turn,
@@ -164,22 +164,22 @@ class DaliDecoder:
         if not unfinished:
             return images, []
         boxes = next(remaining)
-        origins = _boxes(batch)[0].tolist()
+        origins = _boxes(batch)[0]
 
-        def finish_one(index: int) -> None:
-            pixels = np.asarray(boxes[index])
+        def finish_some(indices: range) -> None:
+            patches = [np.asarray(boxes[index]) for index in indices]
             for number in unfinished:
-                finish_sample(
+                finish_samples(
                     self._views[number],
-                    pixels,
+                    patches,
                     batch.windows[number],
                     batch.changes[number],
-                    index,
+                    indices.start,
                     images[number],
-                    origin=origins[index],
+                    origins=origins[indices.start : indices.stop],
                 )
 
-        return images, submit_samples(self._pool, finish_one, self._batch_size)
+        return images, submit_samples(self._pool, finish_some, self._batch_size)
 
     def _explain(self, in_flight: deque[EncodedBatch], error: RuntimeError) -> Exception:
         """Find the sample that DALI failed on: it names none, and a batch fails as a whole."""

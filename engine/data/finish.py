@@ -1,7 +1,8 @@
 """From decoded uint8 pixels to a view's images: resize, turn, and apply what `engine.data.augment` has drawn.
 
-Both decoders end here wherever a view is more than a flipped crop, so that they agree to the bit on the CPU. Per sample
-in threads there: one crop fits into a core's cache, and the passes over a whole batch would not. On a GPU per batch.
+Both decoders end here wherever a view is more than a flipped crop, so that they agree to the bit on the CPU. A few
+samples at a time in threads there: they fit into a core's cache, which a whole batch would not, and share what each
+call of torch costs, which for one small crop is most of it. On a GPU per batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ from engine.data.views import CropView, CropWindows
 _LOCK = threading.Lock()
 _SPARE_BATCHES = 4
 _SAMPLES_PER_TASK = 8  # large enough to hide the cost of a task, small enough that threads share a batch
+_PIXELS_TOGETHER = 1 << 15  # 384 KiB of float32
 
 
 def empty_images(view: CropView, batch_size: int, device: torch.device | None = None) -> torch.Tensor:
@@ -69,36 +71,40 @@ def finishing_pool(threads: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_use_one_core)
 
 
-def submit_samples(pool: ThreadPoolExecutor, do_one: Callable[[int], None], count: int) -> list[Future[None]]:
-    """Have the pool do_one(index) for every index below `count`."""
-
-    def do_some(first: int) -> None:
-        for index in range(first, min(first + _SAMPLES_PER_TASK, count)):
-            do_one(index)
-
-    return [pool.submit(do_some, first) for first in range(0, count, _SAMPLES_PER_TASK)]
+def submit_samples(pool: ThreadPoolExecutor, do_some: Callable[[range], None], count: int) -> list[Future[None]]:
+    """Have the pool do_some(indices) until every index below `count` was among them once."""
+    starts = range(0, count, _SAMPLES_PER_TASK)
+    return [pool.submit(do_some, range(first, min(first + _SAMPLES_PER_TASK, count))) for first in starts]
 
 
-def finish_sample(
+def finish_samples(
     view: CropView,
-    pixels: npt.NDArray[np.uint8],
+    patches: Sequence[npt.NDArray[np.uint8]],
     windows: CropWindows,
     changes: Changes,
-    index: int,
+    first: int,
     images: torch.Tensor,
     *,
-    origin: tuple[int, int] = (0, 0),
+    origins: Int32 | None = None,
 ) -> None:
-    """Cut sample number `index` out of its decoded patch and write the finished crop into images[index].
+    """Cut the samples from number `first` on out of their decoded patches and write the finished crops into `images`.
 
-    pixels: uint8[H, W, 3], the patch from `origin` (x, y in px) on. images: as of `empty_images`.
+    patches: uint8[H, W, 3] each, from its of `origins` on (int32[len(patches), 2]: x, y in px; by default 0, 0).
+    images: as of `empty_images`.
+
+    As many samples go through each step together as fit into a core's cache; a sample's crop does not depend on it.
     """
-    x0, y0 = int(windows.x0[index]) - origin[0], int(windows.y0[index]) - origin[1]
-    crop = pixels[y0 : y0 + int(windows.height[index]), x0 : x0 + int(windows.width[index])]
-    one = slice(index, index + 1)
-    resized = resize(torch.from_numpy(np.ascontiguousarray(crop)), view.size_px)
-    turned = turn(resized[None], CropWindows(*(field[one] for field in windows)))
-    finish(turned, changes_of(changes, one), images[one])
+    together = max(1, _PIXELS_TOGETHER // view.size_px**2)
+    for start in range(0, len(patches), together):
+        some = patches[start : start + together]
+        here = slice(first + start, first + start + len(some))
+        cut = CropWindows(*(field[here] for field in windows))
+        corners = np.stack([cut.x0, cut.y0], axis=1) - (0 if origins is None else origins[start : start + together])
+        crops = []
+        for index, (pixels, (x0, y0)) in enumerate(zip(some, corners.tolist(), strict=True)):
+            crop = np.ascontiguousarray(pixels[y0 : y0 + int(cut.height[index]), x0 : x0 + int(cut.width[index])])
+            crops.append(_turned(resize(torch.from_numpy(crop), view.size_px), cut, index))
+        finish(torch.stack(crops), changes_of(changes, here), images[here])
 
 
 def resize(crop: torch.Tensor, size_px: int) -> torch.Tensor:
@@ -113,6 +119,14 @@ def resize(crop: torch.Tensor, size_px: int) -> torch.Tensor:
         crop[None].permute(0, 3, 1, 2), (size_px, size_px), mode="bilinear", align_corners=False, antialias=True
     )
     return resized[0].permute(1, 2, 0)
+
+
+def _turned(crop: torch.Tensor, windows: CropWindows, index: int) -> torch.Tensor:
+    """What `turn` makes of the crop [S, S, 3] of sample `index`, without its `where`, which is slow on the CPU."""
+    if windows.transpose[index]:
+        crop = crop.transpose(0, 1)
+    mirrored = [axis for axis, flip in enumerate((windows.flip_y, windows.flip_x)) if flip[index]]
+    return crop.flip(mirrored) if mirrored else crop
 
 
 def turn(crops: torch.Tensor, windows: CropWindows) -> torch.Tensor:
@@ -156,7 +170,9 @@ def changes_of(changes: Changes, samples: slice) -> Changes:
 def _affine(matrix: Float32, values: torch.Tensor, out: torch.Tensor) -> None:
     """Write matrix[:, :, :3] @ values + matrix[:, :, 3:] ([n, 3, 4] and [n, 3, pixels]) to `out`."""
     on_device = torch.from_numpy(matrix).to(values.device)
-    torch.baddbmm(on_device[:, :, 3:], on_device[:, :, :3], values, out=out)  # out=: autocast leaves it in float32
+    # On the CPU one at a time: several at once take it many times longer. out=: autocast leaves it in float32.
+    for some in [slice(None)] if values.is_cuda else [slice(index, index + 1) for index in range(len(values))]:
+        torch.baddbmm(on_device[some, :, 3:], on_device[some, :, :3], values[some], out=out[some])
 
 
 def _stained(values: torch.Tensor, stain: Float32) -> torch.Tensor:
@@ -174,21 +190,21 @@ def _stained(values: torch.Tensor, stain: Float32) -> torch.Tensor:
 
 
 def _blur(images: torch.Tensor, weights: Float32) -> None:
-    """Blur [n, 3, S, S] in place, along x and along y; beyond the edge the crop is mirrored."""
+    """Blur [n, 3, S, S] in place, along y and along x; beyond the edge the crop is mirrored."""
     chosen = np.flatnonzero(weights[:, 0] < 1)
     if len(chosen) == 0:
         return
     where = torch.from_numpy(chosen).to(images.device)
     taps = torch.from_numpy(weights[chosen]).to(images.device)[:, :, None, None, None]
     radius = weights.shape[1] - 1
-    blurred = images[where]
-    for axis, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
-        size = blurred.shape[axis]
-        padded = torch.nn.functional.pad(blurred, padding, mode="reflect")
+    size = images.shape[2]
+    blurred = torch.nn.functional.pad(images[where], (radius,) * 4, mode="reflect")
+    for axis in (2, 3):
+        padded = blurred
         blurred = padded.narrow(axis, radius, size) * taps[:, 0]
         for step in range(1, radius + 1):
-            pair = padded.narrow(axis, radius - step, size) + padded.narrow(axis, radius + step, size)
-            blurred += pair.mul_(taps[:, step])
+            for start in (radius - step, radius + step):
+                blurred.addcmul_(padded.narrow(axis, start, size), taps[:, step])
     images[where] = blurred
 
 

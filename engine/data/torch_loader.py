@@ -7,11 +7,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 
 from engine.data.batches import Decoded, EncodedBatch
-from engine.data.finish import ImageMemory, finish_sample, finishing_pool, submit_samples
+from engine.data.finish import ImageMemory, finish_samples, finishing_pool, submit_samples
 from engine.data.reading import BadSampleError
 from engine.data.views import CropView
 
@@ -47,8 +49,8 @@ class TorchDecoder:
             while True:
                 while len(pending) < self._prefetch and (batch := next(encoded, None)) is not None:
                     tensors = [memory.empty_images(len(batch.rows)) for memory in self._memory]
-                    decode_one = partial(self._decode_one, batch, tensors)
-                    pending.append((batch, tensors, submit_samples(self._pool, decode_one, len(batch.rows))))
+                    decode_some = partial(self._decode_some, batch, tensors)
+                    pending.append((batch, tensors, submit_samples(self._pool, decode_some, len(batch.rows))))
                 if not pending:
                     return
                 batch, tensors, tasks = pending.popleft()
@@ -64,12 +66,15 @@ class TorchDecoder:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _decode_one(self, batch: EncodedBatch, tensors: list[torch.Tensor], index: int) -> None:
-        """Decode sample number `index` and write each view of it into tensors[view][index]."""
+    def _decode_some(self, batch: EncodedBatch, tensors: list[torch.Tensor], indices: range) -> None:
+        """Decode samples and write each view of them into tensors[view]."""
+        patches = [self._decoded(batch, index) for index in indices]
+        for view, windows, changes, images in zip(self._views, batch.windows, batch.changes, tensors, strict=True):
+            finish_samples(view, patches, windows, changes, indices.start, images)
+
+    def _decoded(self, batch: EncodedBatch, index: int) -> npt.NDArray[np.uint8]:
         try:
             # Strict: what libjpeg would repair with a warning is damage here.
-            patch = simplejpeg.decode_jpeg(batch.samples[index].jpeg, "RGB", strict=True)
+            return simplejpeg.decode_jpeg(batch.samples[index].jpeg, "RGB", strict=True)
         except ValueError as error:
             raise self._bad_sample(int(batch.rows[index]), f"it does not decode ({error})") from error
-        for view, windows, changes, images in zip(self._views, batch.windows, batch.changes, tensors, strict=True):
-            finish_sample(view, patch, windows, changes, index, images)

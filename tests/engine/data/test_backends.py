@@ -14,7 +14,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from engine.data import Augment, CropView, Ect, SampleStream, dino_views, open_loader
 from engine.data.dali_loader import _resized
-from engine.data.finish import empty_images, finish_sample, resize
+from engine.data.finish import empty_images, finish_samples, resize
 from engine.data.views import draw_view
 
 EVERYTHING = Augment(jitter=0.8, grey=0.2, stain=0.5, blur=0.5, solarise=0.3)
@@ -60,7 +60,7 @@ def test_a_batch_holds_what_was_drawn(dataset: Any, backend: Any, name: str) -> 
         windows, changes = draw_view(view, number, seed=9, positions=np.arange(21), patch_px=96)
         expected = empty_images(view, 21)
         for index, patch in enumerate(patches):
-            finish_sample(view, patch, windows, changes, index, expected)
+            finish_samples(view, [patch], windows, changes, index, expected)
         images = [batch.images[number] for batch in batches]
         order = torch.channels_last if view.is_channels_last else torch.contiguous_format
         assert all(image.is_contiguous(memory_format=order) for image in images)
