@@ -31,7 +31,6 @@ Bools = npt.NDArray[np.bool_]
 
 _GPU_BATCH, _CPU_BATCH = 256, 16
 _REGIONS_AT_ONCE = 8
-_STORED_AS = {"local": "patches", "global": "region"}  # `global` is no attribute in Python
 _WHITE = 255
 
 
@@ -141,9 +140,9 @@ class Encoder:
         return {name: value.shape[1:] for name, value in self.named(found).items()}
 
     def named(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        """Outputs of regions under their names in a store."""
+        """Outputs of regions under their names in a store: the first is `embedding`."""
         first = self.spec.outputs[0]
-        return {"embedding" if name == first else _STORED_AS.get(name, name): value for name, value in outputs.items()}
+        return {"embedding" if name == first else name: value for name, value in outputs.items()}
 
 
 def _load(spec: EncoderSpec) -> tuple[nn.Module, dict[str, str]]:
