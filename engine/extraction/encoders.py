@@ -155,6 +155,11 @@ def _load(spec: EncoderSpec) -> tuple[nn.Module, dict[str, str]]:
     if spec.weights == RANDOM:
         return model, {"weights": weights_digest(model.state_dict())}
     if spec.region_weights is None:
+        if spec.name == "hipt_4k" and not any("model256." in key for key in read_checkpoint(spec.weights).state):
+            raise ValueError(
+                f"{Path(spec.weights).name} holds one of hipt_4k's two ViTs: give the patch ViT's as weights=FILE and "
+                "the region ViT's as region_weights=FILE."
+            )
         return model, {"weights": _load_into(model, spec.weights, spec)}
     whole = cast(HIPT4K, model)
     return model, {
