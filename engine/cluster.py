@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from engine.console import say
 from engine.local_workers import LocalWorker, children_ignore_ctrl_c, ready
-from engine.runtime import die_with_parent, usable_cores
+from engine.runtime import check_listens, die_with_parent, usable_cores
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -334,7 +334,9 @@ def _to_actors(
             references = {reference: slot for slot in slots for reference in slot.running} | starting
             done, _ = ray.wait(list(references), num_returns=1, timeout=_PATIENCE_S)
             if not done and not any(slot.is_up for slot in slots):
-                say(f"waiting for {cores} cores{f' and {gpus} GPU' if gpus else ''} on the Ray cluster to become free")
+                say(
+                    f"no worker is up: they start, or wait for {cores} cores{f' and {gpus} GPU' if gpus else ''} on Ray"
+                )
             for reference in done:
                 slot = references[reference]
                 try:
@@ -363,6 +365,8 @@ def cluster_gpus(address: str) -> int:
 
 @contextlib.contextmanager
 def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
+    if address is not None:
+        check_listens(address, "Ray cluster")  # Ray itself takes minutes to find that out
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Otherwise Ray hides the GPUs from tasks that ask for none, and warns that a later version will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

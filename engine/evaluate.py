@@ -140,13 +140,21 @@ def _tell_missing(missing: dict[str, list[str]], policy: str) -> None:
 def _pcam(recipe: EvaluateRecipe) -> tuple[Samples, list[Fold], dict[str, Any]]:
     from engine.evaluation.encoder import open_encoder
     from engine.evaluation.pcam import MPP, SIDE_PX, differences, read_pcam
+    from engine.extract_recipe import RANDOM
+    from engine.extraction.agreement import checkpoint_file, known_of, resolved_config
 
     assert recipe.pcam is not None
     assert recipe.weights is not None
-    config = {key: value for key, value in recipe.encoder.items() if key != "name"}
-    encoder = open_encoder(
-        recipe.encoder["name"], config, recipe.weights, mean=recipe.mean, std=recipe.std, seed=recipe.seed
-    )
+    name, given = recipe.encoder["name"], {key: value for key, value in recipe.encoder.items() if key != "name"}
+    weights = checkpoint_file(str(recipe.weights))
+    infos = [] if weights == RANDOM else [known_of(weights)]
+    config = resolved_config(name, given, infos, side_px=recipe.resize_px)
+    if config.get("img_size", recipe.resize_px) != recipe.resize_px:
+        raise UsageError(
+            f"the encoder's img_size is {config['img_size']}, and resize_px={recipe.resize_px}: give "
+            f"resize_px={config['img_size']}."
+        )
+    encoder = open_encoder(name, config, Path(weights), mean=recipe.mean, std=recipe.std, seed=recipe.seed)
     counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
     samples, fold = read_pcam(recipe.pcam, encoder, counts, resize_px=recipe.resize_px, batch_size=recipe.batch_size)
     found = {

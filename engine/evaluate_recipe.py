@@ -90,7 +90,7 @@ class EvaluateRecipe(Recipe):
     std: Triple | None = Field(None, description="of pcam: of red, green and blue; null: as the weights say")
     encoder: Any = Field(None, description="of pcam: name and keys of a config in models.config")
     weights: Annotated[Place | None, Verbatim()] = Field(
-        None, description="of pcam: a checkpoint of the encoder, or the word random"
+        None, description="of pcam: a checkpoint of the encoder, a checkpoint or run of `engine train`, or random"
     )
     batch_size: int = Field(64, ge=1, description="of pcam: images that the encoder sees at a time")
     level: float = Field(0.95, gt=0, lt=1, description="of the intervals")
@@ -148,7 +148,7 @@ class EvaluateRecipe(Recipe):
 
 
 def build_evaluate_recipe(values: dict[str, Any]) -> EvaluateRecipe:
-    """Validate an evaluate recipe; `encoder.*` against the named model's config, whose img_size is resize_px."""
+    """Validate an evaluate recipe; of `encoder.*` the keys alone, as the weights' metadata may add to them."""
     recipe = build(EvaluateRecipe, values)
     if recipe.pcam is None:
         return recipe
@@ -167,7 +167,4 @@ def build_evaluate_recipe(values: dict[str, Any]) -> EvaluateRecipe:
     for key in options:
         if key not in config.model_fields:
             raise UsageError(f"unknown key 'encoder.{key}'{nearest(str(key), list(config.model_fields))}")
-    if "img_size" in config.model_fields and options.setdefault("img_size", recipe.resize_px) != recipe.resize_px:
-        raise UsageError(f"encoder.img_size={options['img_size']} with resize_px={recipe.resize_px}: they are equal.")
-    resolved: Any = build(config, options, prefix="encoder.")
-    return recipe.model_copy(update={"encoder": {"name": name, **resolved.model_dump(mode="json")}})
+    return recipe.model_copy(update={"encoder": {"name": name, **options}})

@@ -78,7 +78,7 @@ class ExtractRecipe(Recipe):
     outputs: Annotated[tuple[Output, ...], BeforeValidator(_as_list)] = Field(
         (),
         description="hipt_4k: local [M,256,384], global [M,192], mean256 [M,384], concat [M,576] (global and mean256); "
-        "the first becomes `embedding`, others keep their names (local and global are `patches` and `region` there)",
+        "the first becomes the array `embedding`, others keep their names",
     )
     regions: RegionRule = RegionRule()
     intermediate: int | None = Field(

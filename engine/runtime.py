@@ -25,6 +25,7 @@ _DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "fp16": "float16",
 }
 _JOIN_S = 600.0
+_CONNECT_S = 10.0
 _POLL_S = 0.05
 
 
@@ -200,3 +201,14 @@ def lost_connection(error: BaseException) -> bool:
     if torch is not None and isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo/" in str(error)
+
+
+def check_listens(address: str, what: str) -> None:
+    """Raise RuntimeError where nobody listens at HOST:PORT, or ray://HOST:PORT; another kind of address passes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(f"no {what} answers at {address}: {error}.") from None

@@ -21,6 +21,8 @@ def run(path: Path) -> dict[str, Any]:
 
     Of a store, a shard is a slide's folder, a key an array, and samples are embeddings.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: expected a dataset (`engine shard`) or a store (`engine extract`).")
     if is_store(path):
         try:
             total = len(read_store_meta(path)["slides"])

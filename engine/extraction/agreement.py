@@ -88,12 +88,11 @@ def agree(
     """
     name = recipe.encoder["name"]
     given = {key: value for key, value in recipe.encoder.items() if key != "name"}
-    weights, region_weights = (_file(place) for place in (recipe.weights, recipe.region_weights))
-    infos = [_info(place) for place in (weights, region_weights) if place is not None and place != RANDOM]
-    config = _config(name, given, infos, any_positions="positions" in recipe.override)
-    if "img_size" in MODEL_CONFIGS[name].model_fields:
-        config.setdefault("img_size", recipe.input_px or patch_px)
-    resolved = build(MODEL_CONFIGS[name], config, prefix="encoder.").model_dump(mode="json")
+    weights = checkpoint_file(recipe.weights)
+    region_weights = None if recipe.region_weights is None else checkpoint_file(recipe.region_weights)
+    infos = [known_of(place) for place in (weights, region_weights) if place is not None and place != RANDOM]
+    any_positions = "positions" in recipe.override
+    resolved = resolved_config(name, given, infos, side_px=recipe.input_px or patch_px, any_positions=any_positions)
     if weights != RANDOM:
         _check_positions_known(name, given, infos)
     mean, std = _normalisation(recipe, infos)
@@ -102,13 +101,13 @@ def agree(
     spec = EncoderSpec(
         name=name,
         config=resolved,
-        weights=weights or RANDOM,
+        weights=weights,
         region_weights=region_weights,
         seed=recipe.seed,
         mean=mean,
         std=std,
         trained_mpp=trained_mpp,
-        any_positions="positions" in recipe.override,
+        any_positions=any_positions,
         any_spacing="spacing" in recipe.override,
         patch_px=patch_px,
         input_px=recipe.input_px or patch_px,
@@ -135,9 +134,9 @@ def check_spacing(spec: EncoderSpec, mpp: float) -> str:
     return f"the patches have {mpp:g} um/px, and the encoder was trained at {spec.trained_mpp:g} um/px"
 
 
-def _file(place: str | None) -> str | None:
-    """The checkpoint file of a file, a checkpoint folder or a run."""
-    if place is None or place == RANDOM or place.startswith(_HUB):
+def checkpoint_file(place: str) -> str:
+    """The checkpoint file of a file, a checkpoint folder or a run. Raises UsageError where there is none."""
+    if place == RANDOM or place.startswith(_HUB):
         return place
     path = Path(place).expanduser().absolute()
     for found in (path / "last" / _CHECKPOINT, path / _CHECKPOINT):
@@ -150,7 +149,7 @@ def _file(place: str | None) -> str | None:
     return str(path)
 
 
-def _info(file: str) -> WeightsInfo:
+def known_of(file: str) -> WeightsInfo:
     """What is known of weights: by their metadata, or by the recipe of the run that they are a checkpoint of."""
     from models.weights import read_checkpoint
     from models.weights_info import WeightsInfo, weights_digest
@@ -181,8 +180,14 @@ def _mpp_of_run(run: Mapping[str, Any]) -> float | None:
     return None if mpp == "native" else mpp
 
 
-def _config(name: str, given: dict[str, Any], infos: list[WeightsInfo], *, any_positions: bool) -> dict[str, Any]:
-    """The recipe's keys, and from the metadata those that it leaves out."""
+def resolved_config(
+    name: str, given: dict[str, Any], infos: list[WeightsInfo], *, side_px: int, any_positions: bool = False
+) -> dict[str, Any]:
+    """The whole config of the model `name`: the recipe's keys, from the metadata those that it leaves out, defaults.
+
+    side_px is the img_size of a model that has one, where nothing else says it. Raises UsageError where a key
+    contradicts the metadata; `any_positions` excepts the position rule.
+    """
     known: dict[str, Any] = {}
     parts = {"hipt_patch": "patch", "hipt_region": "region"} if name == "hipt_4k" else {}
     for info in infos:
@@ -198,7 +203,10 @@ def _config(name: str, given: dict[str, Any], infos: list[WeightsInfo], *, any_p
                 f"encoder.{key}={value}: the weights' metadata say {known[key]}; leave the key out"
                 f"{', or override=positions' if key == 'pos_interpolation' else ''}."
             )
-    return known | given
+    config = known | given
+    if "img_size" in MODEL_CONFIGS[name].model_fields:
+        config.setdefault("img_size", side_px)
+    return build(MODEL_CONFIGS[name], config, prefix="encoder.").model_dump(mode="json")
 
 
 def _check_positions_known(name: str, given: dict[str, Any], infos: list[WeightsInfo]) -> None:

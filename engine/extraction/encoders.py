@@ -31,7 +31,6 @@ Bools = npt.NDArray[np.bool_]
 
 _GPU_BATCH, _CPU_BATCH = 256, 16
 _REGIONS_AT_ONCE = 8
-_STORED_AS = {"local": "patches", "global": "region"}  # `global` is no attribute in Python
 _WHITE = 255
 
 
@@ -141,9 +140,9 @@ class Encoder:
         return {name: value.shape[1:] for name, value in self.named(found).items()}
 
     def named(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        """Outputs of regions under their names in a store."""
+        """Outputs of regions under their names in a store: the first is `embedding`."""
         first = self.spec.outputs[0]
-        return {"embedding" if name == first else _STORED_AS.get(name, name): value for name, value in outputs.items()}
+        return {"embedding" if name == first else name: value for name, value in outputs.items()}
 
 
 def _load(spec: EncoderSpec) -> tuple[nn.Module, dict[str, str]]:
@@ -156,6 +155,11 @@ def _load(spec: EncoderSpec) -> tuple[nn.Module, dict[str, str]]:
     if spec.weights == RANDOM:
         return model, {"weights": weights_digest(model.state_dict())}
     if spec.region_weights is None:
+        if spec.name == "hipt_4k" and not any("model256." in key for key in read_checkpoint(spec.weights).state):
+            raise ValueError(
+                f"{Path(spec.weights).name} holds one of hipt_4k's two ViTs: give the patch ViT's as weights=FILE and "
+                "the region ViT's as region_weights=FILE."
+            )
         return model, {"weights": _load_into(model, spec.weights, spec)}
     whole = cast(HIPT4K, model)
     return model, {

@@ -135,9 +135,9 @@ def _check(slide: SlideEmbeddings, format: str, array: str) -> None:
     if len(shapes.get(array, ())) not in fits:
         found = f"{array} is {list(shapes[array])}" if array in shapes else f"there is no array {array}"
         others = [name for name, shape in shapes.items() if len(shape) in fits and name != "xy0"]
+        advice = f"give --array {' or '.join(others)}" if others else "no array of the store fits, use another format"
         raise ValueError(
-            f"slide {slide.slide_id}: {found}, {format} takes {' or '.join(map(str, fits))} dimensions: "
-            f"give --array {' or '.join(others) or '... (none of this store fits)'}."
+            f"slide {slide.slide_id}: {found}, {format} takes {' or '.join(map(str, fits))} dimensions: {advice}."
         )
 
 

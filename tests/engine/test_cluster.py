@@ -9,6 +9,7 @@ import math
 import operator
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -247,6 +248,14 @@ def test_ray_gives_results_crashes_retries_and_exceptions_like_local_processes(t
     assert (tmp_path / "tries").read_text().splitlines() == ["tried"] * TRIES
     assert found["3"] != str(tmp_path), "Ray's workers must not start in the user's folder"
     assert "no number" in found["error"]
+
+
+def test_an_address_where_nobody_listens_is_told_before_ray_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RuntimeError, match=f"no Ray cluster answers at 127.0.0.1:{port}: "):
+        next(fan_out(str, [1], address=f"127.0.0.1:{port}"))
 
 
 @pytest.mark.ray

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.config import UsageError, read_recipe
 from engine.evaluate import run
@@ -16,6 +17,7 @@ from engine.evaluate_recipe import EvaluateRecipe, build_evaluate_recipe
 from engine.evaluation.encoder import Encoder, open_encoder
 from engine.evaluation.pcam import read_pcam
 from models import build_model
+from models.weights_info import WeightsInfo, weights_digest
 
 SIZES = {"train": 80, "valid": 30, "test": 40}
 HALF = (0.5, 0.5, 0.5)
@@ -123,10 +125,6 @@ def test_any_encoder_gives_features_of_its_width() -> None:
 
 
 def test_normalisation_is_that_of_the_weights_unless_the_recipe_says_one(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from models.weights_info import WeightsInfo, weights_digest
-
     state = build_model("hipt_patch", variant="tiny", depth=1).state_dict()
     info = WeightsInfo(weights_digest(state), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), mpp=0.5)
     save_file(state, tmp_path / "known.safetensors", info.to_metadata())
@@ -140,6 +138,22 @@ def test_normalisation_is_that_of_the_weights_unless_the_recipe_says_one(tmp_pat
         open_encoder("hipt_patch", config, tmp_path / "unknown.safetensors")
 
 
+def test_a_run_of_training_brings_config_and_normalisation(pcam: Path, tmp_path: Path) -> None:
+    config = {"img_size": 128, "memory_patch": 16, "process_patch": 32, "dim": 32, "depth": 1, "heads": 2}
+    state = build_model("vittm_hmr", **config).state_dict()
+    info = WeightsInfo(weights_digest(state), "vittm_hmr", config, HALF, HALF, 0.5)
+    (tmp_path / "last").mkdir()
+    save_file(state, tmp_path / "last" / "model.safetensors", info.to_metadata())
+    given = {"encoder": {"name": "vittm_hmr"}, "weights": tmp_path, "mean": None, "std": None}
+    features = run(_recipe("pcam", pcam, resize_px=128, **given))["features"]
+    assert (features["weights"], features["config"]["dim"], features["mean"]) == (info.digest, 32, [0.5, 0.5, 0.5])
+    with pytest.raises(UsageError, match=r"img_size is 128, and resize_px=256: give resize_px=128"):
+        run(_recipe("pcam", pcam, **given))
+    given["encoder"] = {"name": "vittm_hmr", "dim": 64}
+    with pytest.raises(UsageError, match=r"encoder\.dim=64: the weights' metadata say 32"):
+        run(_recipe("pcam", pcam, resize_px=128, **given))
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -147,7 +161,6 @@ def test_normalisation_is_that_of_the_weights_unless_the_recipe_says_one(tmp_pat
         ({"encoder": {"name": "hipt"}}, r"encoder\.name=hipt: there is no such encoder of images"),
         ({"encoder": {"name": "abmil"}}, "no such encoder of images"),
         ({"encoder": {"name": "hipt_patch", "dept": 3}}, r"unknown key 'encoder\.dept'; did you mean 'depth'"),
-        ({"encoder": {"name": "vittm_hmr", "img_size": 224}}, r"img_size=224 with resize_px=256"),
         ({"weights": None}, "'weights' is missing"),
         ({"mean": None, "std": None}, "state no normalisation"),
         ({"labels": "l.csv"}, "labels with pcam"),

@@ -112,6 +112,15 @@ def test_weights_of_another_model_are_refused(weights: Callable[..., Path]) -> N
         _agree(_build("encoder.name=vittm_hmr", "dataset=d", "out=o", f"weights={weights()}", "input_px=256"))
 
 
+def test_one_of_the_two_vits_of_hipt_4k_is_refused_alone(weights: Callable[..., Path]) -> None:
+    from engine.extraction.encoders import Encoder
+
+    given = ("encoder.name=hipt_4k", "encoder.region.in_dim=192", "outputs=global", "dataset=d", "out=o")
+    spec = _agree(_build(*given, f"weights={weights()}"), region_patches=4)
+    with pytest.raises(ValueError, match="the region ViT's as region_weights=FILE"):
+        Encoder(spec, "cpu")
+
+
 def test_a_file_that_is_missing_is_refused() -> None:
     with pytest.raises(UsageError, match="there is no such file"):
         _agree(_build(*GIVEN, "weights=none.pth"))

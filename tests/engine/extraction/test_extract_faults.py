@@ -33,14 +33,31 @@ def many(many_slides: Path, tmp_path_factory: pytest.TempPathFactory, make_recip
 
 
 @pytest.fixture(scope="module")
-def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory, make_extract: Any, run_here: Any) -> str:
-    """The digest of the store of `many`."""
+def many_by_slide(many_slides: Path, tmp_path_factory: pytest.TempPathFactory, make_recipe: Any) -> Path:
+    """The same slides, one after the other in the shards."""
+    from engine import shard
+
+    out = tmp_path_factory.mktemp("many_by_slide") / "dataset"
+    shard.run(make_recipe(many_slides, out, patches_per_shard=64, permute="slide"), local=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(many: Path, tmp_path_factory: pytest.TempPathFactory, make_extract: Any, run_here: Any) -> Path:
+    """The store of `many`, of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "store"
-    return str(run_here(make_extract(out, "batch_size=4", dataset=many))["digest"])
+    run_here(make_extract(out, "batch_size=4", dataset=many))
+    return out
 
 
-def arguments(source: str, out: Path, *more: str) -> list[str]:
-    settings = [source, f"out={out}", "batch_size=4", "workers=1", "cores_per_worker=1"]
+@pytest.fixture(scope="module")
+def undisturbed(whole: Path) -> str:
+    """The digest of `whole`."""
+    return open_store(whole).digest
+
+
+def arguments(source: str, out: Path, *more: str, workers: int = 1) -> list[str]:
+    settings = [source, f"out={out}", "batch_size=4", f"workers={workers}", "cores_per_worker=1"]
     return ["extract", "extract/tiny", *settings, "--json", *more]
 
 
@@ -77,25 +94,38 @@ def _workers(command: Any, word: bytes) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [pytest.param("ray", marks=pytest.mark.ray), "local"])
+@pytest.mark.parametrize(
+    ("backend", "workers", "order"),
+    [pytest.param("ray", 2, "many_by_slide", marks=pytest.mark.ray), ("local", 1, "many"), ("local", 2, "many")],
+)
 def test_two_workers_killed_one_after_the_other_lose_nothing(
-    backend: str, many: Path, undisturbed: str, command: Any, tmp_path: Path
+    backend: str,
+    workers: int,
+    order: str,
+    whole: Path,
+    against_plain_loop: Callable[[Path, Path], None],
+    request: pytest.FixtureRequest,
+    command: Any,
+    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "store"
+    out, dataset = tmp_path / "store", request.getfixturevalue(order)
     more, word = (["--local"], b"spawn_main") if backend == "local" else ([], b"ray::_Actor")
-    process = command.start(*arguments(f"dataset={many}", out, *more), errors=tmp_path / "errors.txt")
+    given = arguments(f"dataset={dataset}", out, *more, workers=workers)
+    process = command.start(*given, errors=tmp_path / "errors.txt")
     killed = 0
     while process.poll() is None and killed < 2:
         slides = len(list((out / "slides").glob("copy-*"))) if (out / "slides").is_dir() else 0
-        if slides > 4 * killed and (workers := _workers(command, word)):
-            os.kill(workers[0], signal.SIGKILL)
+        if slides > 4 * killed and (found := _workers(command, word)):
+            os.kill(found[0], signal.SIGKILL)
             killed += 1
             slides_then = slides
         time.sleep(0.01)
     assert process.wait(timeout=300) == 0, (tmp_path / "errors.txt").read_text()[-3000:]
     assert killed == 2
     assert slides_then < 12
-    assert open_store(out).digest == undisturbed
+    against_plain_loop(out, dataset)
+    store, expected = open_store(out), open_store(whole)
+    assert all(np.array_equal(store[slide_id].embedding, expected[slide_id].embedding) for slide_id in expected)
     assert verify_store(out)["ok"]
     # A slide may have been written just before its worker's death, and then is found, not embedded again.
     assert len(computed(out)) == len(set(computed(out)))

@@ -70,7 +70,7 @@ def test_regions_are_those_of_hipt_4k_on_their_pixels(
                 )
             concat = np.concatenate([exact["cls4k"], exact["mean256"]], axis=1)
             plain.is_rounded(slide.embedding[number], exact["cls4k"][0].numpy())
-            plain.is_rounded(slide.array("patches")[number], exact["cls256"][0].numpy())
+            plain.is_rounded(slide.local[number], exact["cls256"][0].numpy())
             plain.is_rounded(slide.array("mean256")[number], exact["mean256"][0].numpy())
             plain.is_rounded(slide.array("concat")[number], concat[0])
             assert slide.array("present")[number].tolist() == present.flatten().tolist()
@@ -97,7 +97,7 @@ def test_a_real_slide_in_regions(
     run_here(make_extract(tmp_path / "store", *settings, slides=real_slide, recipe="extract/hipt_4k"))
     (slide,) = open_store(tmp_path / "store").values()
     assert slide.shape("embedding") == (len(slide), 16, 192)
-    assert slide.shape("region") == (len(slide), 192)
+    assert slide.shape("global") == (len(slide), 192)
     present = slide.array("present")
     rows = slide.rows
     assert present.sum(axis=1).tolist() == rows["patches"].to_list()
