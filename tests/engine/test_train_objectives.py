@@ -119,7 +119,7 @@ def test_dino_says_how_it_goes_and_leaves_an_encoder(dataset: Path, tmp_path: Pa
     assert 1 <= lines[1]["rankme"] <= 12
     assert 0 < lines[1]["feature_std"] < 2
     assert 0 < lines[0]["teacher_entropy"] < np.log(32)
-    encoder = build_model("hipt_patch", dim=24, depth=2, heads=3, pos_grid=8)
+    encoder = build_model("hipt_patch", dim=24, depth=2, heads=4, pos_grid=6)
     info = load_weights(encoder, tmp_path / "last" / "model.safetensors")
     assert (info.model, info.mpp, info.mean) == ("hipt_patch", 0.5, (0.485, 0.456, 0.406))
     state = _weights(tmp_path)
