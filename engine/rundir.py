@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -175,8 +176,11 @@ def drop_metrics_after(run: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
+    """The lines of metrics.jsonl, but for a last one that a kill has cut off and any that a power cut has garbled."""
     path = run / METRICS
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole, _, _ = text.rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines: list[dict[str, Any]] = []
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines

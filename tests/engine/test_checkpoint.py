@@ -376,6 +376,15 @@ def test_a_disk_that_is_full_is_told_and_leaves_what_was_there(full_after_bytes:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def test_a_run_whose_metrics_a_power_cut_has_garbled_goes_on(tmp_path: Path) -> None:
+    prepare_run(recipe_of(tmp_path), resume=False)
+    train(recipe_of(tmp_path))
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 13)]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join([*lines, "\0" * 40, '{"step": 13, "lo']).encode() + b"\n\xff\n{")
+    prepare_run(recipe_of(tmp_path), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
 def test_what_does_not_change_the_numbers_may_change_on_resume(tmp_path: Path) -> None:
     prepare_run(recipe_of(tmp_path), resume=False)
     train(recipe_of(tmp_path))

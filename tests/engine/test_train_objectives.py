@@ -155,9 +155,12 @@ def test_buckets_are_settled_by_no_more_samples_than_a_step_takes_at_once() -> N
     objective: Any = make_objective(recipe)
     sizes: list[int] = []
     loss = objective.loss
-    objective.loss = lambda parallel, batch, *more, **keys: (
-        sizes.append(len(batch.images[0])) or loss(parallel, batch, *more, **keys)
-    )
+
+    def noting(parallel: Any, batch: Any, *more: Any, **keys: Any) -> Any:
+        sizes.append(len(batch.images[0]))
+        return loss(parallel, batch, *more, **keys)
+
+    objective.loss = noting
     model = objective.model
     parts = _Parts(model, make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False), None)
     stepper = _Stepper(recipe, Runtime("cpu", "float32", 0, 0, 2), objective, model, parts)
