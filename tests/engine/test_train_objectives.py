@@ -84,7 +84,8 @@ def test_shipped_recipes_fit_together(name: str) -> None:
 def test_each_recipe_for_machines_with_gpus_has_a_twin_for_two_cores() -> None:
     names = set(shipped_recipes("train"))
     for name in ("vittm_hmr", "vittm_hmr_trial", "vittm_mae", "vittm_supervised", "hipt_patch_dino"):
-        assert {f"train/{name}", f"train/{name}_tiny"} <= names
+        assert f"train/{name}" in names
+    assert {f"{name}_tiny" for name in names if not name.endswith("_tiny")} <= names
 
 
 @pytest.mark.parametrize(
