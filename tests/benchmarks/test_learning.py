@@ -11,6 +11,7 @@ import torch
 from benchmarks import learning
 from benchmarks.learning import DINO, HMR, ORIGINAL, Masked, Slides
 from models import build_model
+from models.vittm_hmr import ViTTMHMR
 
 SMALL = {"img_size": 64, "memory_patch": 8, "process_patch": 16, "dim": 32, "depth": 1, "heads": 2}
 
@@ -38,6 +39,7 @@ def test_a_probe_finds_what_features_tell_and_nothing_in_noise() -> None:
 def test_masked_prediction_is_the_model_s_own_loss_in_each_batch() -> None:
     torch.manual_seed(0)
     model = build_model("vittm_hmr", **SMALL).eval()
+    assert isinstance(model, ViTTMHMR)
     images = torch.randn(8, 3, 64, 64)
     found = learning.predict_masked(model, images, mask_ratio=0.5, batch_size=4, seed=3)
     generator = torch.Generator().manual_seed(3)
