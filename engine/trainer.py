@@ -143,8 +143,9 @@ class _Stepper:
         pieces = np.array_split(np.arange(len(positions)), min(recipe.accumulate, len(positions)))
         for number, piece in enumerate(pieces):
             last = number + 1 == len(pieces)
-            # Whatever a model draws by itself (stochastic depth, dropout) follows from seed, step, rank and part too.
-            torch.manual_seed(_seed_of(recipe.seed, step, runtime.rank, number))
+            # What a model draws by itself follows from seed and step too, and stochastic depth from the samples.
+            torch.manual_seed(_seed_of(recipe.seed, step))
+            self._say_share(runtime.rank * len(positions) + int(piece[0]), len(piece))
             whole = len(pieces) == 1
             part = batch if whole else _part(batch, slice(int(piece[0]), int(piece[-1]) + 1))
             with self._without_sync(not last):
@@ -161,6 +162,11 @@ class _Stepper:
         parts.scaler.unscale_(parts.optimizer)
         values["grad_norm"] = clip(parts.model, recipe.optim)
         return rate, values, torch.cat(features) if features else None
+
+    def _say_share(self, first: int, count: int) -> None:
+        share = self._objective.share
+        share.rows = torch.arange(first, first + count, device=self._runtime.device)
+        share.total = self._recipe.batch_size
 
     def _autocast(self) -> torch.autocast:
         runtime = self._runtime
@@ -211,6 +217,7 @@ class _Stepper:
             torch.zeros((size, 3, view.size_px, view.size_px), device=self._runtime.device) for view in loader.views
         ]
         batch = PatchBatch(images, torch.zeros(size, dtype=torch.int64), np.zeros(size, np.uint64))
+        self._say_share(0, size)
         with self._autocast():
             values = self._objective.loss(self._parallel, batch, np.arange(size), 0, last=True)
         values["loss"].backward()
@@ -219,8 +226,8 @@ class _Stepper:
             buffer.copy_(before)
 
 
-def _seed_of(seed: int, step: int, rank: int, part: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _seed_of(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _part(batch: PatchBatch, piece: slice) -> PatchBatch:

@@ -17,6 +17,7 @@ from engine.config import UsageError
 from engine.data.batches import PatchBatch
 from engine.recipes import TrainRecipe
 from models import build_model, load_weights
+from models.stochastic_depth import SampleShare, share_draws
 from models.weights_info import PREFIX, WeightsInfo, weights_digest
 
 
@@ -28,6 +29,7 @@ class Objective(ABC):
             a resumed run needs beside the optimiser. Models of one name of `models.config` carry its name and config.
         prefix: where in the state dict the encoder lies that others want.
         mpp: spacing of the patches that it learns from, in um/px; None is unknown or several.
+        share: which samples of the whole batch `loss` has; whoever calls it says so before.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Objective(ABC):
 
     def __init__(self, recipe: TrainRecipe) -> None:
         self.recipe = recipe
+        self.share = SampleShare()
 
     @abstractmethod
     def loss(
@@ -91,7 +94,11 @@ class Objective(ABC):
         return info.to_metadata() | ({PREFIX: self.prefix} if self.prefix else {})
 
     def prepare(self, encoder: nn.Module) -> None:
-        """Give the encoder what the recipe asks for: starting weights, and blocks that are computed twice."""
+        """Give the encoder what the recipe asks for: starting weights, and blocks that are computed twice.
+
+        Its stochastic depth is drawn by sample from here on.
+        """
+        share_draws(encoder, self.share)
         if self.recipe.weights is not None:
             try:
                 load_weights(encoder, self.recipe.weights)

@@ -427,7 +427,7 @@ if __name__ == "__main__":
         ("train/vittm_hmr_tiny", ("model.dim=32",)),  # with the shipped target_norm, over the batch of all ranks
         (
             "train/hipt_patch_dino_tiny",
-            ("model.dim=24", "crop_px=64", "dino.small_px=32", "dino.drop_path=0", "dino.freeze_last_layer_steps=0"),
+            ("model.dim=24", "crop_px=64", "dino.small_px=32", "dino.drop_path=0.3", "dino.freeze_last_layer_steps=0"),
         ),
     ],
 )

@@ -265,4 +265,4 @@ def test_masked_models_train_on_two_processes(dataset: Path, tmp_path: Path, mod
 
 def test_a_model_without_an_objective_is_refused(dataset: Path, tmp_path: Path) -> None:
     errors = _train(dataset, tmp_path / "run", *SMALL, "model.name=vittm", "steps=3", code=2)
-    assert "model.name=vittm: engine train has no objective for it" in errors
+    assert "model.name=vittm: it is unclear what to train it for" in errors
