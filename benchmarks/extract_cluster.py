@@ -35,7 +35,7 @@ from engine.shard import run as shard
 from engine.stores import begin_store, finish_store, verify_store
 from engine.synth import run as synth
 
-_SLIDES = 120
+_SLIDES = 240
 _PATCHES = 8  # of a slide: one read
 _LATENCY_S = 0.6
 _NODES = 4

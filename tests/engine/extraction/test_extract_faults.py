@@ -224,14 +224,14 @@ def test_a_quarantined_slide_ends_the_command_with_three(slides: Path, command: 
 def test_a_slide_that_kills_its_worker_every_time_is_found_among_others(
     many: Path, make_extract: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine import cluster, extract
+    from engine import extract, job_slots
 
     (tmp_path / "deadly.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(str(tmp_path))
     import deadly  # type: ignore[import-not-found]
 
     monkeypatch.setattr(extract, "Extractor", deadly.Deadly)
-    monkeypatch.setattr(cluster, "TRIES", 2)
+    monkeypatch.setattr(job_slots, "TRIES", 2)
     result = extract.run(make_extract(tmp_path / "store", "batch_size=4", dataset=many), local=True)
     assert result["slides"] == {"done": 11, "quarantined": 1, "skipped": 0}
     assert result["failures"] == [{"slide_id": "copy-05", "reason": "the process that read it crashed 2 times"}]
