@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.console import say
+from engine.figures import as_count
 from engine.job_slots import AT_ONCE, TRIES, Crash, Finished, Jobs, JobT, ResultT, Slot, crash_reason
 from engine.local_workers import LocalWorker, children_ignore_ctrl_c, ready
 from engine.runtime import check_listens, die_with_parent, usable_cores
@@ -255,9 +256,8 @@ def _to_actors(
             references = {reference: slot for slot in slots for reference in slot.running} | starting
             done, _ = ray.wait(list(references), num_returns=1, timeout=_PATIENCE_S)
             if not done and not any(slot.is_up for slot in slots):
-                say(
-                    f"no worker is up: they start, or wait for {cores} cores{f' and {gpus} GPU' if gpus else ''} on Ray"
-                )
+                needed = f"{as_count(cores, 'core')}{' and a GPU' if gpus else ''}"
+                say(f"no worker is up yet: it starts, or waits for {needed} of the Ray cluster")
             for reference in done:
                 slot = references[reference]
                 try:
