@@ -181,6 +181,29 @@ def test_a_damaged_sample_quarantines_its_slide_alone(
     assert again["digest"] == open_store(extracted).digest
 
 
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_damaged_shard_quarantines_the_slides_that_lie_in_it_alone(
+    damage: str, many_by_slide: Path, whole: Path, make_extract: Any, run_here: Any, tmp_path: Path
+) -> None:
+    dataset = Path(shutil.copytree(many_by_slide, tmp_path / "dataset"))
+    index = pq.read_table(dataset / "index.parquet").to_pylist()
+    shard = max(row["shard"] for row in index)
+    path = dataset / "shards" / f"{shard}.tar"
+    if damage == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, 1024)
+    lost = {row["slide_id"] for row in index if row["shard"] == shard}
+    result = run_here(make_extract(tmp_path / "store", "batch_size=4", dataset=dataset))
+    assert {failure["slide_id"] for failure in result["failures"]} == lost
+    assert all(shard in failure["reason"] for failure in result["failures"])
+    assert result["slides"] == {"done": 12 - len(lost), "quarantined": len(lost), "skipped": 0}
+    assert 0 < len(lost) < 12
+    store, expected = open_store(tmp_path / "store"), open_store(whole)
+    assert set(store) == set(expected) - lost
+    assert all(np.array_equal(store[name].embedding, expected[name].embedding) for name in store)
+
+
 def test_a_damaged_slide_is_quarantined_and_a_damaged_patch_is_left_out(
     slides: Path, make_extract: Any, run_here: Any, extracted: Path, tmp_path: Path
 ) -> None:
