@@ -35,9 +35,9 @@ from engine.shard import run as shard
 from engine.stores import begin_store, finish_store, verify_store
 from engine.synth import run as synth
 
-_SLIDES = 120
+_SLIDES = 240
 _PATCHES = 8  # of a slide: one read
-_LATENCY_S = 0.6
+_LATENCY_S = 2.5
 _NODES = 4
 _KILL_AT = 0.3
 

@@ -18,36 +18,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from engine.console import say
+from engine.figures import as_count
+from engine.job_slots import AT_ONCE, TRIES, Crash, Finished, Jobs, JobT, ResultT, Slot, crash_reason
 from engine.local_workers import LocalWorker, children_ignore_ctrl_c, ready
 from engine.runtime import check_listens, die_with_parent, usable_cores
 
-JobT = TypeVar("JobT")
-ResultT = TypeVar("ResultT")
-
-TRIES = 4
-AT_ONCE = 2  # jobs of a long-lived worker
 _PATIENCE_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Crash:
-    """A job whose worker died on every try."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished(Generic[JobT, ResultT]):
-    """A job and what came of it."""
-
-    job: JobT
-    result: ResultT | Crash
 
 
 def fan_out(
@@ -104,7 +85,7 @@ def _local(function: Callable[[JobT], ResultT], queue: deque[JobT], workers: int
                     if attempt < TRIES:
                         again.append((job, attempt + 1))
                     else:
-                        yield Finished(job, Crash(_crash_reason()))
+                        yield Finished(job, Crash(crash_reason()))
     except BaseException:
         for pool in pools:
             for process in list((pool._processes or {}).values()):
@@ -129,10 +110,6 @@ def _submit(
             pools[slot].shutdown(wait=False)
             pools[slot] = _pool()
             return pools[slot].submit(function, job)
-
-
-def _crash_reason() -> str:
-    return f"the process that read it crashed {TRIES} times"
 
 
 def _ray(
@@ -162,66 +139,11 @@ def _ray(
                     if attempt < TRIES:
                         again.append((job, attempt + 1))
                     else:
-                        yield Finished(job, Crash(_crash_reason()))
+                        yield Finished(job, Crash(crash_reason()))
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, Exception) else error from None
                 except ray.exceptions.RayError as error:
                     raise RuntimeError(f"Ray: {' '.join(str(error).split())}") from None
-
-
-class _Jobs(Generic[JobT]):
-    """Which job goes to which worker: the queue's first to the one with the fewest.
-
-    A job whose worker died is tried again by itself, so that of two jobs the one that killed it is found.
-    """
-
-    def __init__(self, queue: deque[JobT]) -> None:
-        self._queue = queue
-        self._again: list[tuple[JobT, int]] = []
-
-    @property
-    def left(self) -> bool:
-        return bool(self._queue or self._again)
-
-    def next_for(self, slots: Sequence[_Slot[JobT]]) -> tuple[_Slot[JobT], JobT, int] | None:
-        """A worker that can take a job, the job, and how many times it will have been tried."""
-        free = [slot for slot in slots if slot.is_up and not slot.alone and len(slot.running) < AT_ONCE]
-        if not free:
-            return None
-        slot = min(free, key=lambda slot: len(slot.running))
-        if self._again and not slot.running:
-            slot.alone = True
-            return slot, *self._again.pop()
-        return (slot, self._queue.popleft(), 1) if self._queue else None
-
-    def lost(self, slot: _Slot[JobT]) -> Iterator[Finished[JobT, Any]]:
-        """Note that a worker died: its jobs come again, or have been tried often enough."""
-        for job, attempt in slot.running.values():
-            if attempt < TRIES:
-                self._again.append((job, attempt + 1))
-            else:
-                yield Finished(job, Crash(_crash_reason()))
-        slot.deaths = 0 if slot.is_up else slot.deaths + 1
-        slot.running.clear()
-        slot.is_up = slot.alone = False
-        if slot.deaths == TRIES:
-            raise RuntimeError(f"a worker died {TRIES} times before it could begin (no memory for the model?)")
-
-
-@dataclass(slots=True, eq=False)
-class _Slot(Generic[JobT]):
-    """A place for a worker, and its jobs by ticket: (job, attempt). `deaths` are those before it was up."""
-
-    worker: Any
-    running: dict[Any, tuple[JobT, int]] = field(default_factory=dict)
-    is_up: bool = False
-    alone: bool = False
-    deaths: int = 0
-
-    def finished(self, ticket: Any) -> JobT:
-        job, _ = self.running.pop(ticket)
-        self.alone = False
-        return job
 
 
 def fan_out_to_workers(
@@ -259,11 +181,11 @@ def fan_out_to_workers(
 def _to_processes(
     make: Callable[[int], Callable[[JobT], ResultT]], queue: deque[JobT], workers: int
 ) -> Iterator[Finished[JobT, ResultT]]:
-    waiting: _Jobs[JobT] = _Jobs(queue)
+    waiting: Jobs[JobT] = Jobs(queue)
     tickets = itertools.count()
-    slots: list[_Slot[JobT]] = []
+    slots: list[Slot[JobT]] = []
     try:
-        slots += [_Slot(LocalWorker(make, number, AT_ONCE)) for number in range(min(workers, len(queue)))]
+        slots += [Slot(LocalWorker(make, number, AT_ONCE)) for number in range(min(workers, len(queue)))]
         while waiting.left or any(slot.running for slot in slots):
             while (found := waiting.next_for(slots)) is not None:
                 slot, job, attempt = found
@@ -317,16 +239,16 @@ def _to_actors(
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0, max_concurrency=AT_ONCE)(_Actor)
         total = ray.cluster_resources()
         room = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cores
-        starting: dict[Any, _Slot[JobT]] = {}
+        starting: dict[Any, Slot[JobT]] = {}
 
-        def begin(slot: _Slot[JobT]) -> None:
+        def begin(slot: Slot[JobT]) -> None:
             slot.worker = remote.remote()
             starting[slot.worker.start.remote(make)] = slot
 
-        slots = [_Slot[JobT](None) for _ in range(min(workers or max(1, int(room)), len(queue)))]
+        slots = [Slot[JobT](None) for _ in range(min(workers or max(1, int(room)), len(queue)))]
         for slot in slots:
             begin(slot)
-        waiting: _Jobs[JobT] = _Jobs(queue)
+        waiting: Jobs[JobT] = Jobs(queue)
         while waiting.left or any(slot.running for slot in slots):
             while (found := waiting.next_for(slots)) is not None:
                 slot, job, attempt = found
@@ -334,9 +256,8 @@ def _to_actors(
             references = {reference: slot for slot in slots for reference in slot.running} | starting
             done, _ = ray.wait(list(references), num_returns=1, timeout=_PATIENCE_S)
             if not done and not any(slot.is_up for slot in slots):
-                say(
-                    f"no worker is up: they start, or wait for {cores} cores{f' and {gpus} GPU' if gpus else ''} on Ray"
-                )
+                needed = f"{as_count(cores, 'core')}{' and a GPU' if gpus else ''}"
+                say(f"no worker is up yet: it starts, or waits for {needed} of the Ray cluster")
             for reference in done:
                 slot = references[reference]
                 try:

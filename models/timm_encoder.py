@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import timm
 from torch import nn
 
 from models.hipt_config import TimmConfig
-from models.model_config import nearest
 
 
 def build_encoder(config: TimmConfig) -> nn.Module:
@@ -19,7 +20,9 @@ def build_encoder(config: TimmConfig) -> nn.Module:
     """
     name, known = config.architecture, timm.list_models()
     if not name.startswith("hf-hub:") and name.partition(".")[0] not in known:
-        raise ValueError(f"timm has no architecture {name!r}; {nearest(name, known)}")
+        near = get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no architecture {name!r}{hint}; timm.list_models() lists all")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **config.settings)
     except TypeError as error:

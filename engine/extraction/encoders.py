@@ -74,8 +74,11 @@ class Encoder:
         """
         if len(self._pixels) != len(images):
             self._pixels = self._pixels.new_empty((len(images), *self._pixels.shape[1:]))
-        self._pixels.copy_(rearrange(images.to(self.device, non_blocking=True), "b h w c -> b c h w"))
-        self._pixels.mul_(self._scale).add_(self._shift)
+        # On a CPU image by image: one stays in the cache while three operations go over it.
+        together = len(images) if self.device.type == "cuda" else 1
+        for pixels, part in zip(self._pixels.split(together), images.split(together), strict=True):
+            pixels.copy_(part.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
+            pixels.mul_(self._scale).add_(self._shift)
         with self.precision():
             return self.embed(self._pixels).float()
 

@@ -230,7 +230,7 @@ def test_files_of_other_encoders_load_without_their_classifier(
 
 
 def test_an_encoder_that_timm_lacks_is_named_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no architecture 'resnet500'; did you mean 'resnet50\w*'\?"):
+    with pytest.raises(ValueError, match=r"no architecture 'resnet500'; near it are resnet50\w*, \w+, \w+; timm"):
         build_model("timm", architecture="resnet500")
     with pytest.raises(ValueError, match=r"resnet18 refuses the settings \{'depht': 2\}"):
         build_model("timm", architecture="resnet18", settings={"depht": 2})

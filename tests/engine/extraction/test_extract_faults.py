@@ -181,6 +181,29 @@ def test_a_damaged_sample_quarantines_its_slide_alone(
     assert again["digest"] == open_store(extracted).digest
 
 
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_damaged_shard_quarantines_the_slides_that_lie_in_it_alone(
+    damage: str, many_by_slide: Path, whole: Path, make_extract: Any, run_here: Any, tmp_path: Path
+) -> None:
+    dataset = Path(shutil.copytree(many_by_slide, tmp_path / "dataset"))
+    index = pq.read_table(dataset / "index.parquet").to_pylist()
+    shard = max(row["shard"] for row in index)
+    path = dataset / "shards" / f"{shard}.tar"
+    if damage == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, 1024)
+    lost = {row["slide_id"] for row in index if row["shard"] == shard}
+    result = run_here(make_extract(tmp_path / "store", "batch_size=4", dataset=dataset))
+    assert {failure["slide_id"] for failure in result["failures"]} == lost
+    assert all(shard in failure["reason"] for failure in result["failures"])
+    assert result["slides"] == {"done": 12 - len(lost), "quarantined": len(lost), "skipped": 0}
+    assert 0 < len(lost) < 12
+    store, expected = open_store(tmp_path / "store"), open_store(whole)
+    assert set(store) == set(expected) - lost
+    assert all(np.array_equal(store[name].embedding, expected[name].embedding) for name in store)
+
+
 def test_a_damaged_slide_is_quarantined_and_a_damaged_patch_is_left_out(
     slides: Path, make_extract: Any, run_here: Any, extracted: Path, tmp_path: Path
 ) -> None:
@@ -224,14 +247,14 @@ def test_a_quarantined_slide_ends_the_command_with_three(slides: Path, command: 
 def test_a_slide_that_kills_its_worker_every_time_is_found_among_others(
     many: Path, make_extract: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine import cluster, extract
+    from engine import extract, job_slots
 
     (tmp_path / "deadly.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(str(tmp_path))
     import deadly  # type: ignore[import-not-found]
 
     monkeypatch.setattr(extract, "Extractor", deadly.Deadly)
-    monkeypatch.setattr(cluster, "TRIES", 2)
+    monkeypatch.setattr(job_slots, "TRIES", 2)
     result = extract.run(make_extract(tmp_path / "store", "batch_size=4", dataset=many), local=True)
     assert result["slides"] == {"done": 11, "quarantined": 1, "skipped": 0}
     assert result["failures"] == [{"slide_id": "copy-05", "reason": "the process that read it crashed 2 times"}]
