@@ -22,7 +22,8 @@ class LockedError(RuntimeError):
 def folder_lock(folder: Path, *, job: str | None = None) -> Iterator[bool]:
     """Hold `folder`'s lock, as True; raise LockedError at once where another process holds it.
 
-    A lock whose process is gone from this host is taken over. One of another host cannot be judged from here and is
+    A lock whose process is gone from this host is taken over, and so is that of an earlier start of this SLURM job,
+    which has ended where the job was queued again. Any other of another host cannot be judged from here and is
     respected; the message says how to remove it. Processes of one `job` share the folder: the first of them holds the
     lock, and to the others this is False.
     """
@@ -57,6 +58,7 @@ def _take(folder: Path, path: Path, job: str | None) -> bool:
     if holder is not None and not _alive(holder):
         path.unlink(missing_ok=True)
     me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid()), "job": job}
+    me |= {"slurm": _slurm_start()}
     try:
         _create(path, json.dumps(me).encode())
     except FileExistsError:
@@ -99,10 +101,19 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _alive(holder: dict[str, Any]) -> bool:
     if not holder:
         return False
+    now, then = _slurm_start(), holder.get("slurm")
+    if now and then and now[0] == then[0] and now[1] > then[1]:
+        return False
     if holder.get("host") != socket.gethostname():
         return True
     pid = holder.get("pid")
     return isinstance(pid, int) and _start_time(pid) is not None and _start_time(pid) == holder.get("started")
+
+
+def _slurm_start() -> list[int] | None:
+    """[number of this SLURM job, how often it was queued again]; None outside of SLURM."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return [int(job), int(restarts)] if job.isdigit() and restarts.isdigit() else None
 
 
 def _start_time(pid: int) -> str | None:

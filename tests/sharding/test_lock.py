@@ -116,6 +116,25 @@ def test_a_lock_whose_number_now_belongs_to_another_process_is_taken_over(tmp_pa
         pass
 
 
+def test_a_job_that_slurm_queued_again_takes_over_what_its_lost_machine_held(
+    tmp_path: Path, dead_pid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a machine failed: the job's number stays, and SLURM has counted one start more."""
+    held = json.loads(content(dead_pid, host="elsewhere", started="1")) | {"slurm": [77, 0]}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(held))
+    for job, restarts in ((None, None), ("78", "1"), ("77", "0"), ("77", None)):
+        for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restarts)):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        with pytest.raises(LockedError), folder_lock(tmp_path):
+            pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["slurm"] == [77, 1]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_a_lock_that_names_nobody_is_taken_over(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK_NAME).write_text(text)
