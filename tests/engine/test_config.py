@@ -43,7 +43,7 @@ def test_nested_keys_are_set_one_by_one() -> None:
     assert recipe.optim.warmup_steps == 5  # from the YAML
     assert recipe.optim.clip_norm == OptimRecipe().clip_norm
     assert recipe.model["dim"] == 32
-    assert recipe.model["depth"] == 2
+    assert recipe.model["depth"] == read_recipe("train", "train/vittm_hmr_tiny")["model"]["depth"]
 
 
 def test_overrides_leave_the_values_they_came_from_alone() -> None:
