@@ -22,7 +22,9 @@ import torch
 import wds2idx  # type: ignore[import-untyped]
 import webdataset
 
-from engine import shard
+from engine import extract, shard
+from engine.config import apply_overrides, read_recipe
+from engine.extract_recipe import build_extract_recipe
 from engine.recipes import ShardRecipe
 from models import build_model
 
@@ -53,7 +55,7 @@ def test_the_readmes_list_and_examples_work(slides: Path, tmp_path: Path, make_r
         table = table.replace(name, str(path))
     (tmp_path / "list.csv").write_text(table.replace("0.2527", "0.5"))
     shard.run(make_recipe(tmp_path / "list.csv", tmp_path / "set"), local=True)
-    first, second, third, fourth = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second, third, stored, models = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict[str, Any] = {}
     exec(first.replace("/data/set", str(tmp_path / "set")), found)
     index = pl.read_parquet(tmp_path / "set" / "index.parquet")
@@ -65,11 +67,15 @@ def test_the_readmes_list_and_examples_work(slides: Path, tmp_path: Path, make_r
     exec(third.replace("s3://bucket/sets/one", str(tmp_path / "set")).replace("=256", "=8"), found)
     with found["loader"] as loader:
         assert next(loader).images[0].shape == (8, 3, 224, 224)
+    settings = [f"dataset={tmp_path / 'set'}", f"out={tmp_path / 'store'}"]
+    extract.run(build_extract_recipe(apply_overrides(read_recipe("extract", "extract/tiny"), settings)), local=True)
+    exec(stored.replace("/data/store", str(tmp_path / "store")), found)
+    assert len(found["slide"].embedding) == index.filter(pl.col("slide_id") == "one").height
     weights = {"vit256_small_dino.pth": "hipt_patch", "vit4k_xs_dino.pth": "hipt_region"}
     for name, model in weights.items():
         torch.save(build_model(model).state_dict(), tmp_path / name)
-        fourth = fourth.replace(name, str(tmp_path / name))
-    exec(fourth, found | {"regions": torch.zeros(1, 3, 256, 512)})
+        models = models.replace(name, str(tmp_path / name))
+    exec(models, found | {"regions": torch.zeros(1, 3, 256, 512)})
 
 
 def test_tar_and_index_agree_and_hold_no_owner_or_time(sharded: Made) -> None:
