@@ -159,8 +159,7 @@ def test_a_run_that_is_killed_twice_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "processes"), [("train/vittm_hmr_tiny", 2), ("train/hipt_patch_dino_tiny", 1)])
 def test_a_run_that_is_told_to_stop_is_saved_where_it_is_and_goes_on(
     recipe: str, processes: int, straight: Straight, arguments: Any, command: Any, tmp_path: Path
 ) -> None:
