@@ -339,7 +339,7 @@ def test_a_run_that_dies_while_it_saves_ends_as_if_it_had_not(recipe: str, datas
     pytest.importorskip("nvidia.dali", reason="the script imports DALI before it forks")
     settings = [*COMMON, *RECIPES[recipe], f"dataset={dataset}", "steps=9", "checkpoint_every=3", "processes=1"]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", DIE, recipe, str(tmp_path), "17", *settings],
+        [sys.executable, "-P", "-c", DIE, recipe, str(tmp_path), "25", *settings],
         capture_output=True,
         text=True,
         timeout=500,
