@@ -5,8 +5,8 @@ The features are those published with "Multi-class texture analysis in colorecta
 10-fold cross-validation over patches, and their accuracy of this set by an RBF SVM is 0.858 (`UID_89838_summary.csv`
 beside the features). Which patches are of one patient is not known, so folds are by patch here too, balanced by class.
 
-What a probe has to choose (C or k) is chosen on a fifth of the training part of each fold; then it is fitted to all
-of it. Scaling is learnt in the training part.
+What a probe has to choose (C or k, and in the first three lines the scaling) is chosen on a fifth of the training part
+of each fold; then it is fitted to all of it. Scaling is learnt in the training part.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ PUBLISHED = 0.858
 PENALTIES = (0.1, 1.0, 10.0)
 NEIGHBOURS = (5.0, 10.0, 20.0, 50.0)
 PROBES = {
+    "linear, scaling chosen": Probe(scale="auto", options=PENALTIES),
+    "kNN, Euclidean, scaling chosen": Probe("knn", "auto", NEIGHBOURS, votes="uniform"),
+    "kNN, cosine (HIPT's), scaling chosen": Probe("knn", "auto", NEIGHBOURS),
     "linear, standardised": Probe(options=PENALTIES),
     "linear, discriminants": Probe(scale="lda", options=PENALTIES),
     "kNN, discriminants, Euclidean": Probe("knn", "lda", NEIGHBOURS, votes="uniform"),
@@ -74,7 +77,7 @@ def accuracies(samples: Samples, probe: Probe, runs: int, *, folds: int = FOLDS)
     for run in range(runs):
         drawn = draw_folds(samples.labels, samples.groups, folds=folds, test_fraction=0.5, seed=run)
         result, _ = evaluate_folds(samples, drawn, replace(probe, seed=run), Intervals(seed=run))
-        found.append({**result["metrics"], "chosen": [fold["chosen"] for fold in result["folds"]]})
+        found.append({**result["metrics"], "chosen": [(fold["scale"], fold["chosen"]) for fold in result["folds"]]})
     return found
 
 
@@ -88,7 +91,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         mean = {key: np.mean([run[key]["value"] for run in runs]) for key in ("accuracy", "balanced_accuracy", "auroc")}
         first = runs[0]["accuracy"]
         each = " ".join(f"{run['accuracy']['value']:.3f}" for run in runs)
-        chosen = ", ".join(f"{option:g}" for option in sorted({option for run in runs for option in run["chosen"]}))
+        chosen = ", ".join(
+            f"{scale} {option:g}" for scale, option in sorted({one for run in runs for one in run["chosen"]})
+        )
         lines.append(
             f"| {name} | {mean['accuracy']:.3f} | {first['low']:.3f} to {first['high']:.3f} | {first['std']:.3f} "
             f"| {each} | {mean['balanced_accuracy']:.3f} | {mean['auroc']:.3f} | {chosen} |"

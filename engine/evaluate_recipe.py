@@ -67,8 +67,10 @@ class EvaluateRecipe(Recipe):
     probe: Literal["logistic", "adam", "knn"] = Field(
         "logistic", description="logistic regression; vittm-hmr's linear layer (5 epochs of Adam); nearest neighbours"
     )
-    scale: Literal["none", "standard", "lda"] = Field(
-        "standard", description="of the features, learnt in training: as they are, mean 0 and std 1, or discriminants"
+    scale: Literal["none", "standard", "lda", "auto"] = Field(
+        "standard",
+        description="of the features, learnt in training: as they are, mean 0 and std 1, discriminants, or of these "
+        "what the validation chooses",
     )
     c: Penalties = Field(
         (0.001, 0.01, 0.1, 1.0, 10.0, 100.0),

@@ -1,7 +1,8 @@
-"""Classifiers on frozen features, and the choice of their one free number on a validation split."""
+"""Classifiers on frozen features, and the choice of their number and of the scaling on a validation split."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from engine.evaluation.metrics import balanced_accuracy, log_loss
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Scale = Literal["none", "standard", "lda"]
+SCALES: tuple[Scale, ...] = ("standard", "none", "lda")  # in the order in which equals are taken
 
 _MAX_ITERATIONS = 2000
 
@@ -29,16 +31,17 @@ class Probe:
             same without a penalty, trained as vittm-hmr does (5 epochs of batches of 128, learning rate 1e-3); knn.
         scale: standard: each feature with mean 0 and standard deviation 1; lda: coordinates along the at most C - 1
             directions that separate the classes, with unit spread within them (linear discriminant analysis);
-            both are learnt from what the probe is fitted to.
+            both are learnt from what the probe is fitted to; auto: the validation chooses among the three.
         options: C of logistic (the inverse of the penalty) or k of knn, from which the validation chooses the one of
-            largest balanced accuracy, of equals that of smallest log loss, then the first; empty for adam.
+            largest balanced accuracy, of equals that of smallest log loss, then the first; empty for adam. With
+            scale auto, each is tried with each scaling.
         refit: fit again, to training and validation, what was chosen.
         balanced: logistic weights each class by n / (C * its samples).
         votes: of knn: weighted is `knn_classify` (cosine); uniform is one vote of each Euclidean neighbour.
     """
 
     kind: Literal["logistic", "adam", "knn"] = "logistic"
-    scale: Scale = "standard"
+    scale: Scale | Literal["auto"] = "standard"
     options: tuple[float, ...] = (1.0,)
     refit: bool = True
     balanced: bool = False
@@ -49,7 +52,13 @@ class Probe:
     @property
     def chooses(self) -> bool:
         """Whether a validation is needed."""
-        return len(self.options) > 1
+        return len(self.candidates) > 1
+
+    @property
+    def candidates(self) -> list[tuple[Scale, float | None]]:
+        """The scalings and options from which the validation chooses."""
+        scales = SCALES if self.scale == "auto" else (self.scale,)
+        return list(itertools.product(scales, self.options or (None,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +68,15 @@ class Fitted:
     Attributes:
         probabilities: float64 [n_test, C].
         chosen: the option that was taken, None where there is none.
+        scale: the scaling that was taken.
         validation: its balanced accuracy on the validation, None where nothing was chosen.
         converged: whether every fit of it did.
-        by_option: the probabilities of each option, where all were asked for.
+        by_option: the probabilities of each option with that scaling, where all were asked for.
     """
 
     probabilities: npt.NDArray[np.float64]
     chosen: float | None
+    scale: Scale
     validation: float | None
     converged: bool
     by_option: dict[float, npt.NDArray[np.float64]]
@@ -81,35 +92,41 @@ def fit_and_predict(
     """
     converged = True
 
-    def predict(option: float | None, train: Labels, test: Labels) -> npt.NDArray[np.float64]:
+    def predict(scale: Scale, option: float | None, train: Labels, test: Labels) -> npt.NDArray[np.float64]:
         nonlocal converged
-        found, well = _predict(probe, option, x[train], labels[train], x[test], num_classes)
+        found, well = _predict(probe, scale, option, x[train], labels[train], x[test], num_classes)
         converged &= well
         return found
 
-    chosen = probe.options[0] if probe.options else None
+    scale, chosen = probe.candidates[0]
     validation = None
     if probe.chooses:
         truth = labels[fold.val]
-        found = [predict(option, fold.train, fold.val) for option in probe.options]
+        found = [predict(*candidate, fold.train, fold.val) for candidate in probe.candidates]
         scores = [(balanced_accuracy(truth, each.argmax(axis=1)), -log_loss(truth, each)) for each in found]
         best = max(range(len(scores)), key=scores.__getitem__)
-        chosen, validation = probe.options[best], scores[best][0]
+        (scale, chosen), validation = probe.candidates[best], scores[best][0]
     known = np.union1d(fold.train, fold.val) if probe.refit else fold.train
-    by_option = {option: predict(option, known, fold.test) for option in probe.options if every_option}
-    probabilities = by_option[chosen] if chosen in by_option else predict(chosen, known, fold.test)
-    return Fitted(probabilities, chosen, validation, converged, by_option)
+    by_option = {option: predict(scale, option, known, fold.test) for option in probe.options if every_option}
+    probabilities = by_option[chosen] if chosen in by_option else predict(scale, chosen, known, fold.test)
+    return Fitted(probabilities, chosen, scale, validation, converged, by_option)
 
 
 def _predict(
-    probe: Probe, option: float | None, train_x: Features, train_y: Labels, test_x: Features, num_classes: int
+    probe: Probe,
+    scale: Scale,
+    option: float | None,
+    train_x: Features,
+    train_y: Labels,
+    test_x: Features,
+    num_classes: int,
 ) -> tuple[npt.NDArray[np.float64], bool]:
     """Probabilities [n_test, num_classes] (0 for a class that is not among train_y), and whether the fit converged."""
     if probe.kind != "knn" and len(np.unique(train_y)) < 2:
         raise ValueError(
             f"a linear probe needs two classes to train on: found {len(np.unique(train_y))}; see the splits"
         )
-    train, test = _scaled(probe.scale, train_x, train_y, test_x)
+    train, test = _scaled(scale, train_x, train_y, test_x)
     if probe.kind == "adam":
         return _adam(train, train_y, test, num_classes, probe.seed), True
     if probe.kind == "knn":

@@ -57,7 +57,7 @@ def evaluate_folds(
     ]
     leaking = [_leak(samples, fold, allow_leak) for fold in complete]
     fitted: list[Fitted] = []
-    all_k = probe.kind == "knn" and probe.chooses
+    all_k = probe.kind == "knn" and len(probe.options) > 1
     # Threads that wait for each other cost small fits more than they give.
     threads = 1 if samples.x.size < _WORTH_THREADS else None
     with progress("fit", len(complete), "folds") as advance, threadpool_limits(threads):
@@ -104,6 +104,7 @@ def evaluate_folds(
                 "n": {part: len(rows) for part, rows in fold.parts().items()},
                 "groups": {part: len(np.unique(samples.groups[rows])) for part, rows in fold.parts().items()},
                 "chosen": found.chosen,
+                "scale": found.scale,
                 "validation_balanced_accuracy": found.validation,
                 "converged": found.converged,
                 **({"leak": leak} if leak else {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_logistic_regression_is_scikit_learns_on_standardised_features(refit: bo
     model = LogisticRegression(C=0.5, max_iter=2000, class_weight="balanced" if balanced else None)
     expected = model.fit(scaled[known], y[known]).predict_proba(scaled[FOLD.test])
     assert found.probabilities == pytest.approx(expected, abs=1e-6)
-    assert (found.chosen, found.validation, found.converged) == (0.5, None, True)
+    assert (found.chosen, found.scale, found.validation, found.converged) == (0.5, "standard", None, True)
 
 
 def test_of_several_penalties_the_one_best_on_the_validation_is_taken() -> None:
@@ -113,6 +114,29 @@ def test_discriminants_have_unit_spread_within_the_classes() -> None:
     assert found.probabilities == pytest.approx(expected)
     within = np.concatenate([along[:60][y[:60] == c] - along[:60][y[:60] == c].mean(axis=0) for c in range(3)])
     assert (within**2).sum(axis=0) / 60 == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("votes", ["weighted", "uniform"])
+def test_scaling_and_k_are_chosen_together_by_the_validation_alone(votes: Literal["weighted", "uniform"]) -> None:
+    x, y = _drawn()
+    options = (3.0, 20.0)
+    found = fit_and_predict(Probe("knn", "auto", options, votes=votes), x, y, FOLD, 3)
+    alone = {
+        (scale, k): fit_and_predict(Probe("knn", scale, (k,), refit=False, votes=votes), x, y, held, 3).probabilities
+        for held in [replace(FOLD, test=FOLD.val)]
+        for scale in ("none", "standard", "lda")
+        for k in options
+    }
+    scores = {
+        one: np.mean([(p.argmax(axis=1)[y[FOLD.val] == c] == c).mean() for c in range(3)]) for one, p in alone.items()
+    }
+    assert found.chosen is not None
+    assert found.validation == pytest.approx(max(scores.values())) == scores[found.scale, found.chosen]
+    assert len(set(scores.values())) > 1
+    again = fit_and_predict(Probe("knn", found.scale, (found.chosen,), votes=votes), x, y, FOLD, 3)
+    assert np.array_equal(found.probabilities, again.probabilities)
+    y[FOLD.test] = 0
+    assert fit_and_predict(Probe("knn", "auto", options, votes=votes), x, y, FOLD, 3).scale == found.scale
 
 
 def test_the_probe_of_vittm_hmr_learns_and_repeats_with_its_seed() -> None:
