@@ -14,6 +14,7 @@ labels, from seeds that also decide weights, masks and the labels below. Then:
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,13 @@ HELD_OUT = 4  # of the slides, the last ones, which are of three patients
 MPP, PATCH_PX, STRIDE_PX, CROP_PX = 1.0, 96, 64, 64
 PURE = 0.9  # a patch is labelled where this share of it is one tissue
 LABELS, DRAWS = 50, 10  # a probe's labels, and how often they are drawn
-HMR, ORIGINAL, DINO = "vittm_hmr", "vittm_hmr original", "hipt_patch DINO"
+HMR, HMR_ALL, ORIGINAL, DINO = "vittm_hmr", "vittm_hmr loss_on=all", "vittm_hmr original", "hipt_patch DINO"
 _SMALL = (f"crop_px={CROP_PX}", "model.dim=64", "model.depth=2", "optim.warmup_steps=20", "optim.lr=2e-3")
-_HMR = (*_SMALL, "model.memory_patch=8", "model.process_patch=16", "batch_size=32", "mask_ratio=0.5")
+_HMR = (
+    *_SMALL,
+    *("model.memory_patch=8", "model.process_patch=16", "batch_size=32", "mask_ratio=0.5"),
+    "augment={grey: 1.0, jitter: 1.0}",
+)
 _DINO = (
     *_SMALL,
     *("model.heads=2", "model.pos_grid=4", "batch_size=64", "optim.schedule=constant", "optim.weight_decay_end=0.04"),
@@ -59,8 +64,9 @@ _DINO = (
 )
 # Recipe, what differs from it, and steps.
 METHODS: dict[str, tuple[str, tuple[str, ...], int]] = {
-    HMR: ("train/vittm_hmr_tiny", (*_HMR, "augment={grey: 1.0, jitter: 1.0}"), 200),
-    ORIGINAL: ("train/vittm_hmr_tiny", (*_HMR, "augment={grey: 1.0, jitter: 1.0}", "model.preset=original"), 200),
+    HMR: ("train/vittm_hmr_tiny", _HMR, 200),
+    HMR_ALL: ("train/vittm_hmr_tiny", (*_HMR, "model.loss_on=all"), 200),
+    ORIGINAL: ("train/vittm_hmr_tiny", (*_HMR, "model.preset=original"), 200),
     DINO: ("train/hipt_patch_dino_tiny", _DINO, 300),
 }
 
@@ -90,10 +96,10 @@ class Slides:
     held_out: tuple[str, ...]
 
 
-def paint(work: Path, *, slides: int = SLIDES, size_px: int = SIZE_PX) -> Slides:
+def paint(work: Path, *, slides: int = SLIDES, size_px: int = SIZE_PX, seed: int = 0) -> Slides:
     """Paint and shard below `work`, where it is not done yet."""
     folder, dataset = work / "slides", work / "dataset"
-    synth.run(folder, slides=slides, size=size_px, seed=0)
+    synth.run(folder, slides=slides, size=size_px, seed=seed)
     if not (dataset / "dataset.json").exists():
         recipe = ShardRecipe(slides=str(folder), out=dataset, mpp=MPP, context_px=PATCH_PX, stride_px=STRIDE_PX)
         shard.run(recipe, local=True)
@@ -231,15 +237,18 @@ def predict_masked(model: ViTTMHMR, images: Tensor, *, mask_ratio: float, batch_
     return Masked(*np.average(found, axis=0, weights=[len(part) for part in images.split(batch_size)]).tolist())
 
 
-def measure(work: Path, seeds: Sequence[int]) -> tuple[dict[str, list[Any]], dict[str, list[Masked]]]:
+def measure(
+    work: Path, seeds: Sequence[int], *, slides_seed: int = 0
+) -> tuple[dict[str, list[Any]], dict[str, list[Masked]]]:
     """Per line of the two tables, one result for each seed: (balanced accuracy, AUROC), and `Masked`."""
-    slides = paint(work)
+    slides = paint(work, seed=slides_seed)
     known, judged = labelled(slides, slides.training), labelled(slides, slides.held_out)
     probes: dict[str, list[Any]] = {}
     masked: dict[str, list[Masked]] = {}
     for seed in seeds:
         for method in METHODS:
-            recipe = recipe_of(method, slides, work / "runs" / f"{method.replace(' ', '-')}-{seed}", seed=seed)
+            run = work / "runs" / f"{re.sub(r'[^a-z_]+', '-', method.lower())}-{seed}"
+            recipe = recipe_of(method, slides, run, seed=seed)
             views = read(slides, slides.held_out, recipe.crop_views()[0])[0] if method != DINO else None
             for state, encoder in zip(("untrained", "trained"), encoders(recipe), strict=True):
                 line = f"{method}, {state}"
@@ -279,9 +288,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for slides and runs; what is there is used")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--slides-seed", type=int, default=0, help="what is painted; default: %(default)s")
     parser.add_argument("--out", type=Path, help="file for the tables; they are printed too")
     options = parser.parse_args(arguments)
-    text = tables(*measure(options.work, options.seeds)) + "\n"
+    text = tables(*measure(options.work, options.seeds, slides_seed=options.slides_seed)) + "\n"
     sys.stdout.write(text)
     if options.out is not None:
         options.out.write_text(text)

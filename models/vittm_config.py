@@ -62,6 +62,11 @@ class ViTTMHMRConfig(ModelConfig):
         "ranks); image: each channel over the positions of its own image; patch: each target over its own channels; "
         "none. null: batch for random_projection and ema, patch for pixels, none for the original.",
     )
+    loss_on: Literal["hidden", "all"] | None = Field(
+        default=None,
+        description="Positions whose predictions count. all: visible ones too, where the answer can be read off the "
+        "input: a reconstruction that teaches texture early. null: hidden, all for the original.",
+    )
 
     @model_validator(mode="after")
     def _check_sizes(self) -> ViTTMHMRConfig:
@@ -95,6 +100,7 @@ class ViTTMHMRConfig(ModelConfig):
             "memory": (self.memory, "bank"),
             "target": (self.target, "random_projection"),
             "target_norm": (self.target_norm, "none"),
+            "loss_on": (self.loss_on, "all"),
         }
         for name, (found, fixed) in found_and_fixed.items():
             if found not in (None, fixed):
@@ -145,6 +151,11 @@ class ViTTMHMRConfig(ModelConfig):
         if self.preset == "original":
             return "none"
         return "patch" if self.target == "pixels" else "batch"
+
+    @property
+    def resolved_loss_on(self) -> Literal["hidden", "all"]:
+        """`loss_on` with None replaced by the preset's."""
+        return self.loss_on or ("all" if self.preset == "original" else "hidden")
 
 
 class ViTTMTrunkConfig(ModelConfig):

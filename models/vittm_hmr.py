@@ -12,8 +12,8 @@ state-dict keys, with its defects. The default mends them:
     the last block writes a memory nobody reads and the   no last write, and a frozen target projection: every
       target projection asks for gradients: plain DDP       trainable parameter gets a gradient in every step, so
       stops at step two                                     plain DDP works
-    loss over all positions on raw targets, where a       loss on masked positions, standardised targets, and the score
-      constant reaches cosine 0.98                          of the best constants is returned next to it
+    loss over all positions on raw targets, where a       loss on masked positions (or `loss_on: all`), standardised
+      constant reaches cosine 0.98                          targets, and the best constants' score beside it
     process tokens see the full-resolution image          they see it area-averaged by `ratio`: 64 px fields as 16 x 16
     256 memory slots whatever the sizes                   one slot per target, or as configured
     READ and WRITE take raw keys and values               keys and values are layer-normalised
@@ -269,7 +269,7 @@ class ViTTMHMR(HMREncoder):
                 visible. None draws it from torch's global generator: a trainer that must resume passes its own.
 
         Returns:
-            loss: float32 scalar, minus the mean cosine, over hidden positions (repaired, when any is hidden) or all.
+            loss: float32 scalar, minus the mean cosine, over hidden positions (`loss_on`, when any is hidden) or all.
             prediction: float32 [B, T, C], row-major, T = (img_size/memory_patch)^2.
             target: float32 [B, T, C], without gradient.
             features: float [B, D] without gradient, the mean of the normalised process tokens, hidden ones included.
@@ -284,7 +284,8 @@ class ViTTMHMR(HMREncoder):
         process_BND = self._encode(images, hidden_BN)
         prediction_BTC = self._decode(process_BND)
         target_BTC = self._targets(images)
-        on_all = self.original or num_visible(self.config.num_process, mask_ratio) == self.config.num_process
+        none_hidden = num_visible(self.config.num_process, mask_ratio) == self.config.num_process
+        on_all = none_hidden or self.config.resolved_loss_on == "all"
         where_BT = None if on_all else masked_targets(hidden_BN, self.config.ratio)
         return {
             "loss": negative_cosine(prediction_BTC, target_BTC, where_BT),

@@ -65,6 +65,8 @@ def test_a_config_is_frozen() -> None:
         ({"preset": "original", "target": "ema"}, "fixes target at 'random_projection': found 'ema'"),
         ({"preset": "original", "target": "pixels"}, "fixes target at 'random_projection': found 'pixels'"),
         ({"preset": "original", "target_norm": "image"}, "fixes target_norm at 'none': found 'image'"),
+        ({"preset": "original", "loss_on": "hidden"}, "fixes loss_on at 'all': found 'hidden'"),
+        ({"loss_on": "visible"}, "loss_on"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], sentence: str) -> None:
@@ -79,6 +81,12 @@ def test_sizes_follow_from_the_config() -> None:
     assert ViTTMHMRConfig(slots=10).resolved_slots == 10
     assert ViTTMHMRConfig(preset="original", img_size=128).resolved_slots == 256
     assert ViTTMHMRConfig(target="pixels").target_dim == 3 * 16 * 16
+
+
+def test_the_loss_counts_hidden_positions_where_nothing_else_is_said() -> None:
+    assert ViTTMHMRConfig().resolved_loss_on == "hidden"
+    assert ViTTMHMRConfig(loss_on="all").resolved_loss_on == "all"
+    assert ViTTMHMRConfig(preset="original").resolved_loss_on == "all"
 
 
 def test_target_normalisation_follows_the_target_and_the_preset() -> None:

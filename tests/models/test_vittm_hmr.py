@@ -153,6 +153,17 @@ def test_repaired_scores_hidden_positions_only() -> None:
     assert out["loss"].item() == pytest.approx(-cosine.mean().item(), abs=1e-6)
 
 
+def test_the_loss_can_count_visible_positions_too() -> None:
+    images, noise = stained(2, 64), torch.rand(2, 16)
+    out = build(loss_on="all", **SMALL).eval()(images, noise=noise)
+    cosine = torch.nn.functional.cosine_similarity(out["prediction"], out["target"], dim=-1)
+    assert out["loss"].item() == pytest.approx(-cosine.mean().item(), abs=1e-6)
+    hidden = build(**SMALL).eval()(images, noise=noise)
+    assert torch.equal(hidden["prediction"], out["prediction"])
+    assert abs(hidden["loss"].item() - out["loss"].item()) > 1e-4
+    assert hidden["constant_cosine"] != out["constant_cosine"]
+
+
 def test_a_constant_scores_well_on_original_targets_and_badly_on_repaired_ones() -> None:
     images = stained(8, 64)
     assert build(preset="original", **SMALL)(images)["constant_cosine"] > 0.9
