@@ -68,7 +68,7 @@ def _shape(view: CropView, batch_size: int) -> tuple[int, ...]:
 
 def finishing_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Return a pool in whose threads torch computes on one core each: they are as many as may be used already."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_use_one_core)
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=use_one_core)
 
 
 def submit_samples(pool: ThreadPoolExecutor, do_some: Callable[[range], None], count: int) -> list[Future[None]]:
@@ -223,7 +223,7 @@ def _where(drawn: Int32, turned: torch.Tensor, crops: torch.Tensor) -> torch.Ten
     return torch.where(torch.from_numpy(drawn.astype(bool)).to(crops.device)[:, None, None, None], turned, crops)
 
 
-def _use_one_core() -> None:
+def use_one_core() -> None:
     """Make torch single-threaded in this thread alone.
 
     `set_num_threads` also sets what threads that start later begin with, so a thread that ends at once sets that back.

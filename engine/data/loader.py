@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.data.ahead import OneAhead, making_thread
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
 from engine.data.order import Stream, planned_rows
@@ -73,7 +74,9 @@ class PatchLoader:
         self._world_size = world_size
         self._read_ahead = read_ahead
         self._seen = seen
-        self._batches: Generator[Decoded, None, None] | None = None
+        self._batches: Generator[Decoded, None, None] | OneAhead[Decoded] | None = None
+        # On a GPU the decoder has to run in the thread whose stream takes its batches.
+        self._thread = making_thread("loader") if decoder.device.type == "cpu" else None
         self._failure: Exception | None = None
         self._closed = False
 
@@ -130,7 +133,8 @@ class PatchLoader:
         if self._closed:
             raise RuntimeError("the loader is closed")
         if self._batches is None:
-            self._batches = self._decoder.decode(self._encoded_batches(self._seen))
+            batches = self._decoder.decode(self._encoded_batches(self._seen))
+            self._batches = OneAhead(batches, self._thread) if self._thread is not None else batches
         try:
             decoded = next(self._batches, None)
         except BaseException:
@@ -153,6 +157,8 @@ class PatchLoader:
         if not self._closed:
             self._closed = True
             self._restart()
+            if self._thread is not None:
+                self._thread.shutdown()
             self._decoder.close()
             self._reader.close()
 

@@ -97,7 +97,7 @@ class StreamLoader(PatchLoader):
                 # Found by the decoder. The batch is planned anew from `seen`, now without this sample.
                 self._reader.condemn(error)
                 continue
-            for key in [key for key in self._planned_replacements if key[0] < self._seen]:
+            for key in [key for key in list(self._planned_replacements) if key[0] < self._seen]:
                 replacement = self._planned_replacements.pop(key)
                 if self._replacements.get(key) != replacement:
                     self._replacements[key] = replacement
