@@ -1,11 +1,13 @@
-"""How extraction scales over nodes: `python -P -m benchmarks.extract_cluster WORK`.
+"""How extraction scales over nodes: `python -P -m benchmarks.extract_cluster WORK [ROUNDS]`.
 
 Four logical Ray nodes on this machine, with one core each, against one; and four of which one is killed when 30 % of
 the slides are done, and not replaced. Every read waits first, as one from a far store does: the nodes share the cores
 of one machine, so what is measured is how work is handed out and taken back, not how fast patches are made.
 
-Prints one JSON object: the seconds from the start of the first job, `speed_up` of four nodes over one, `delay` of the
-end by the kill, and `ideal_delay`: what the loss of a quarter of the cluster for the rest of the run costs at least.
+One node is measured once; four, and four less one, in turns for as many rounds as are asked for (5). Prints one JSON
+object: the seconds from the start of the first job, of every round; the median of the rounds' `speed_up` of four nodes
+over one and of their `delay` of the end by the kill, with [min, max]; and `ideal_delay`: what the loss of a quarter of
+the cluster for the rest of the run costs at least.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import functools
 import json
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ray.cluster_utils import Cluster
@@ -35,9 +39,9 @@ from engine.shard import run as shard
 from engine.stores import begin_store, finish_store, verify_store
 from engine.synth import run as synth
 
-_SLIDES = 240
+_SLIDES = 480
 _PATCHES = 8  # of a slide: one read
-_LATENCY_S = 2.5
+_LATENCY_S = 0.6
 _NODES = 4
 _KILL_AT = 0.3
 
@@ -99,13 +103,16 @@ def measure(work: Path, nodes: int, *, kill: bool = False) -> dict[str, Any]:
         added = [cluster.add_node(num_cpus=1) for _ in range(nodes)]
         cluster.wait_for_nodes()
         done, killed_at = 0, None
+        lose = threading.Thread(target=cluster.remove_node, args=(added[-1],), kwargs={"allow_graceful": False})
         for finished in fan_out_to_workers(make, jobs, workers=nodes, cores=1, gpus=0, address=cluster.address):
             assert not isinstance(finished.result, Crash), finished
             done += len(finished.result)
             ended = time.time()  # closing the cluster comes after
             if kill and killed_at is None and done >= _KILL_AT * len(tasks):
                 killed_at = time.time()
-                cluster.remove_node(added[-1], allow_graceful=False)
+                lose.start()  # in a thread: it takes seconds, and who hands out jobs goes on meanwhile
+        if killed_at is not None:
+            lose.join()
     finally:
         cluster.shutdown()
     began = max(path.stat().st_mtime for path in (work / "ready").iterdir())
@@ -129,19 +136,38 @@ def _dataset(work: Path) -> Path:
 
 def main() -> None:
     work = Path(sys.argv[1]).expanduser().resolve()
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     work.mkdir(parents=True, exist_ok=True)
-    one, four, killed = measure(work, 1), measure(work, _NODES), measure(work, _NODES, kill=True)
-    share = killed["killed_at_s"] / four["seconds"]
+    one = measure(work, 1)["seconds"]
+    four, killed = [], []
+    for number in range(1, rounds + 1):
+        four.append(measure(work, _NODES))
+        killed.append(measure(work, _NODES, kill=True))
+        print(f"round {number} of {rounds}: {four[-1]}, {killed[-1]}", file=sys.stderr, flush=True)
+    whole = [run["seconds"] for run in four]
+    shares = [lost["killed_at_s"] / seconds for lost, seconds in zip(killed, whole, strict=True)]
     result = {
-        "one_node_s": one["seconds"],
-        "four_nodes_s": four["seconds"],
-        "speed_up": one["seconds"] / four["seconds"],
-        "killed_s": killed["seconds"],
-        "killed_at_s": killed["killed_at_s"],
-        "delay": killed["seconds"] / four["seconds"],
-        "ideal_delay": share + (1 - share) * _NODES / (_NODES - 1),
+        "one_node_s": one,
+        "four_nodes_s": whole,
+        "speed_up": _summary([one / seconds for seconds in whole]),
+        "killed_s": [lost["seconds"] for lost in killed],
+        "killed_at_s": [lost["killed_at_s"] for lost in killed],
+        "delay": _summary([lost["seconds"] / seconds for lost, seconds in zip(killed, whole, strict=True)]),
+        "ideal_delay": _summary([share + (1 - share) * _NODES / (_NODES - 1) for share in shares]),
     }
-    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
+    print(json.dumps(_rounded(result)))
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {"median": median(values), "spread": [min(values), max(values)]}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 3)
 
 
 if __name__ == "__main__":
