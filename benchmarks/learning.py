@@ -261,16 +261,23 @@ def measure(
     return probes, masked
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float] | npt.NDArray[np.float64]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def tables(probes: dict[str, list[Any]], masked: dict[str, list[Masked]]) -> str:
-    """Markdown: mean, smallest and largest over the seeds."""
+    """Markdown: mean, smallest and largest over the seeds; a gain is that of training, seed by seed."""
     lines = ["| probe of | balanced accuracy | AUROC |", "|---|---|---|"]
     for line, runs in probes.items():
         accuracies, aurocs = zip(*runs, strict=True)
         lines.append(f"| {line} | {_spread(accuracies)} | {_spread(aurocs)} |")
+    lines += ["", "| gain by training | balanced accuracy | AUROC |", "|---|---|---|"]
+    for line, after in probes.items():
+        method = line.removesuffix(", trained")
+        if method == line:
+            continue
+        gains = np.array(after) - np.array(probes[f"{method}, untrained"])
+        lines.append(f"| {method} | {_spread(gains[:, 0])} | {_spread(gains[:, 1])} |")
     lines += [
         "",
         "| masked prediction | cosine | constant | constant per image | above the constant | above the image's |",

@@ -53,8 +53,10 @@ def test_masked_prediction_is_the_model_s_own_loss_in_each_batch() -> None:
 
 
 def test_the_tables_have_mean_smallest_and_largest_over_the_seeds() -> None:
-    text = learning.tables({"a": [(0.5, 0.6), (0.7, 0.8)]}, {"b": [Masked(0.5, 0.2, 0.4), Masked(0.7, 0.2, 0.4)]})
-    assert "| a | 0.600 (0.500 to 0.700) | 0.700 (0.600 to 0.800) |" in text
+    probes = {"a, untrained": [(0.4, 0.6), (0.5, 0.5)], "a, trained": [(0.5, 0.6), (0.7, 0.8)]}
+    text = learning.tables(probes, {"b": [Masked(0.5, 0.2, 0.4), Masked(0.7, 0.2, 0.4)]})
+    assert "| a, trained | 0.600 (0.500 to 0.700) | 0.700 (0.600 to 0.800) |" in text
+    assert "| a | 0.150 (0.100 to 0.200) | 0.150 (0.000 to 0.300) |" in text
     assert text.splitlines()[-1].startswith("| b | 0.600 (0.500 to 0.700) | 0.200 (0.200 to 0.200) |")
     assert text.splitlines()[-1].endswith("| 0.400 (0.300 to 0.500) | 0.200 (0.100 to 0.300) |")
 
