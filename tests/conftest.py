@@ -1,9 +1,10 @@
-"""Numbers of the published models, which lie beside the repository and not in it."""
+"""The order of test files, and numbers of the published models, which lie beside the repository and not in it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import numpy as np
 import pytest
 
 PARITY = Path(__file__).parents[1] / "../shared/parity"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first: where files run side by side, none of them is left alone at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 class Published:
