@@ -30,8 +30,9 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
 
     Returns:
         {store or pcam, task, protocol, classes, n, metrics: {name: {value, low, high, ...}}, folds: [{name, n, groups,
-        chosen, metrics}], interval, missing, features, recipe, out, predictions}; by_k where several k of knn were
-        asked for; differences (from vittm-hmr's protocol) with pcam. `engine.evaluation.intervals` says what is what.
+        chosen, scale, metrics}], interval, missing, features, recipe, out, predictions}; by_k where several k of knn
+        were asked for; differences (from vittm-hmr's protocol) with pcam. `engine.evaluation.intervals` says what is
+        what.
 
     Raises:
         UsageError: files that are there already, or slides that lack something with missing=fail.
@@ -186,7 +187,9 @@ def describe(result: dict[str, Any]) -> str:
     """The result for a person."""
     folds, n, interval = result["folds"], result["n"], result["interval"]
     many = f", mean of {len(folds)} folds" if len(folds) > 1 else ""
-    chosen = ", ".join(dict.fromkeys(f"{fold['chosen']:g}" for fold in folds if fold["chosen"] is not None))
+    scaled = result["recipe"]["scale"] == "auto"
+    each = [[fold["scale"]] * scaled + [f"{fold['chosen']:g}"] * (fold["chosen"] is not None) for fold in folds]
+    chosen = ", ".join(dict.fromkeys(" ".join(one) for one in each if one))
     lines = [
         f"{result['protocol']} on {n['samples']} samples of {n['groups']} groups ({interval['resampled']}), "
         f"{len(result['classes'])} classes{many}{f'; chosen: {chosen}' if chosen else ''}",

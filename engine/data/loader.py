@@ -78,6 +78,7 @@ class PatchLoader:
         # On a GPU the decoder has to run in the thread whose stream takes its batches.
         self._thread = making_thread("loader") if decoder.device.type == "cpu" else None
         self._failure: Exception | None = None
+        self._interrupted = False
         self._closed = False
 
     @property
@@ -132,13 +133,18 @@ class PatchLoader:
         """Return the next batch. After an error the loader stands where it stood: at the samples delivered."""
         if self._closed:
             raise RuntimeError("the loader is closed")
+        if self._interrupted:
+            self._restart()
         if self._batches is None:
             batches = self._decoder.decode(self._encoded_batches(self._seen))
             self._batches = OneAhead(batches, self._thread) if self._thread is not None else batches
         try:
             decoded = next(self._batches, None)
-        except BaseException:
+        except Exception:
             self._restart()
+            raise
+        except BaseException:
+            self._interrupted = True  # Ctrl-C must not wait here for what the thread is at: a store may be silent
             raise
         if decoded is None:
             failure = self._failure
@@ -156,6 +162,7 @@ class PatchLoader:
         """Stop all threads and close all files; idempotent. Delivered batches stay valid."""
         if not self._closed:
             self._closed = True
+            self._reader.stop()
             self._restart()
             if self._thread is not None:
                 self._thread.shutdown()
@@ -172,9 +179,9 @@ class PatchLoader:
 
     def _restart(self) -> None:
         """Drop what is prefetched; the next batch is planned anew from `seen`."""
-        batches, self._batches, self._failure = self._batches, None, None
-        if batches is not None:
-            batches.close()
+        if self._batches is not None:
+            self._batches.close()
+        self._batches, self._failure, self._interrupted = None, None, False
 
     def _encoded_batches(self, first: int) -> Iterator[EncodedBatch]:
         """Plan and read batches ahead, from global position `first` on. It ends only on an error, left in `_failure`.

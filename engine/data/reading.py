@@ -159,11 +159,16 @@ class SampleReader:
         """Treat a sample as damaged from now on: its bytes are as written, but it does not decode."""
         self._condemned[error.row] = error
 
-    def close(self) -> None:
-        """Stop the threads and close the files."""
+    def stop(self) -> None:
+        """Have reads give up, those that wait for a store and those that have not begun; do not wait for them."""
         for source in self._sources:
             source.stop()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self.stop()
+        self._pool.shutdown()
         for source in self._sources:
             source.close()
 

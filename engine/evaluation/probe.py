@@ -122,10 +122,9 @@ def _predict(
     num_classes: int,
 ) -> tuple[npt.NDArray[np.float64], bool]:
     """Probabilities [n_test, num_classes] (0 for a class that is not among train_y), and whether the fit converged."""
-    if probe.kind != "knn" and len(np.unique(train_y)) < 2:
-        raise ValueError(
-            f"a linear probe needs two classes to train on: found {len(np.unique(train_y))}; see the splits"
-        )
+    if (probe.kind != "knn" or scale == "lda") and len(np.unique(train_y)) < 2:
+        what = "the scaling lda" if probe.kind == "knn" else "a linear probe"
+        raise ValueError(f"{what} needs two classes to train on: found {len(np.unique(train_y))}; see the splits")
     train, test = _scaled(scale, train_x, train_y, test_x)
     if probe.kind == "adam":
         return _adam(train, train_y, test, num_classes, probe.seed), True

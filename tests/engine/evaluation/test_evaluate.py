@@ -150,6 +150,12 @@ def test_several_k_are_all_told_and_one_is_chosen_without_the_test(cohort: tuple
     assert "k=20" in describe(result)
 
 
+def test_the_scaling_that_was_chosen_is_told(cohort: tuple[Path, Path]) -> None:
+    result = run(_recipe(cohort, "knn", scale="auto", k=[1, 5]))
+    (fold,) = result["folds"]
+    assert f"; chosen: {fold['scale']} {fold['chosen']:g}" in describe(result)
+
+
 def test_missing_slides_can_be_made_a_failure(cohort: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=r"1 embeddings without a label: s\.07; 1 labels without an embedding: ghost"):
         run(_recipe(cohort, missing="fail"))

@@ -139,6 +139,14 @@ def test_scaling_and_k_are_chosen_together_by_the_validation_alone(votes: Litera
     assert fit_and_predict(Probe("knn", "auto", options, votes=votes), x, y, FOLD, 3).scale == found.scale
 
 
+@pytest.mark.parametrize("scale", ["lda", "auto"])
+def test_discriminants_of_one_class_are_refused(scale: Literal["lda", "auto"]) -> None:
+    x, y = _drawn()
+    y[np.concatenate([FOLD.train, FOLD.val])] = 1
+    with pytest.raises(ValueError, match="the scaling lda needs two classes to train on: found 1"):
+        fit_and_predict(Probe("knn", scale, (3.0,)), x, y, FOLD, 3)
+
+
 def test_the_probe_of_vittm_hmr_learns_and_repeats_with_its_seed() -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(2, size=4000)

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from engine.data import BadSampleError, CropView, SampleStream, open_loader
+from engine.data.ahead import OneAhead
 from engine.data.order import substitute_position
 from engine.data.reading import SampleReader
 from engine.data.remote import open_remote_dataset
@@ -233,6 +235,32 @@ def test_a_loader_closes_while_the_store_is_silent(remote: Any, store: Any) -> N
         loader._reader.submit(np.arange(12))
     # Not before this line would it wait for an hour; what runs in threads is over.
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sample-reader")]
+
+
+@pytest.mark.parametrize("answers_again", [True, False])
+def test_neither_an_interruption_nor_closing_waits_for_a_silent_store(
+    remote: Any, store: Any, backend: Any, answers_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: OneAhead[Any]) -> Any:
+        raise KeyboardInterrupt
+
+    _, url = remote
+    options = store.options(timeout_s=0.3, patience_s=3600.0, read_ahead_bytes=0)
+    with open_it(url, backend, store_options=options, cache_bytes=0) as loader:
+        next(loader)
+        store.fault = lambda key, number: "stall"
+        while wait([loader._batches._next], timeout=1).done:
+            next(loader)
+        with monkeypatch.context() as patch:
+            patch.setattr(OneAhead, "__next__", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(loader)
+        assert not loader._batches._next.done()
+        if answers_again:
+            store.fault = lambda key, number: None
+            delivered = loader.seen
+            assert rows_of(loader, 6) == expected(delivered + 24, set())[0][delivered:]  # it goes on where it stood
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("sample-reader", "loader"))]
 
 
 def test_a_store_that_is_not_there_is_one_sentence(remote: Any, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
