@@ -186,7 +186,8 @@ def open_loader(
 
     backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
     "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
-    this process may use, at most 16. prefetch: batches that are decoded ahead; one more is read. Neither changes what
+    this process may use, at most 16. prefetch: batches that are decoded ahead, and one more on a CPU; one
+    more is read. Neither changes what
     is delivered. Raises ValueError for what cannot work (a crop larger than the patches, a rank that does not exist)
     and ImportError for a named backend that is missing, both before any thread starts.
     """
