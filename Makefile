@@ -38,11 +38,12 @@ demo: setup
 	@echo "          $(DEMO)/run/                    checkpoints, metrics, TensorBoard"
 	@echo "          $(DEMO)/embeddings/             one array of embeddings per slide (zarr)"
 
+# As many test files side by side as there are cores, each process with one.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
