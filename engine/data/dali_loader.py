@@ -179,7 +179,7 @@ class DaliDecoder:
                     origins=origins[indices.start : indices.stop],
                 )
 
-        return images, submit_samples(self._pool, finish_some, self._batch_size)
+        return images, submit_samples(self._pool, finish_some, self._batch_size, threads=self._threads)
 
     def _explain(self, in_flight: deque[EncodedBatch], error: RuntimeError) -> Exception:
         """Find the sample that DALI failed on: it names none, and a batch fails as a whole."""

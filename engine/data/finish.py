@@ -24,7 +24,7 @@ from engine.data.views import CropView, CropWindows
 
 _LOCK = threading.Lock()
 _SPARE_BATCHES = 4
-_SAMPLES_PER_TASK = 8  # large enough to hide the cost of a task, small enough that threads share a batch
+_MOST_SAMPLES_PER_TASK = 8  # large enough to hide the cost of a task, small enough that threads share a batch
 _PIXELS_TOGETHER = 1 << 15  # 384 KiB of float32
 
 
@@ -71,10 +71,12 @@ def finishing_pool(threads: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=use_one_core)
 
 
-def submit_samples(pool: ThreadPoolExecutor, do_some: Callable[[range], None], count: int) -> list[Future[None]]:
-    """Have the pool do_some(indices) until every index below `count` was among them once."""
-    starts = range(0, count, _SAMPLES_PER_TASK)
-    return [pool.submit(do_some, range(first, min(first + _SAMPLES_PER_TASK, count))) for first in starts]
+def submit_samples(
+    pool: ThreadPoolExecutor, do_some: Callable[[range], None], count: int, *, threads: int
+) -> list[Future[None]]:
+    """Have the pool, of so many threads, do_some(indices) until every index below `count` was among them once."""
+    size = min(_MOST_SAMPLES_PER_TASK, -(-count // threads))
+    return [pool.submit(do_some, range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 def finish_samples(

@@ -37,6 +37,7 @@ class TorchDecoder:
     ) -> None:
         self.device = device
         self._views = tuple(views)
+        self._threads = threads
         self._prefetch = prefetch
         self._bad_sample = bad_sample
         self._memory = [ImageMemory(view) for view in self._views]
@@ -50,7 +51,8 @@ class TorchDecoder:
                 while len(pending) < self._prefetch and (batch := next(encoded, None)) is not None:
                     tensors = [memory.empty_images(len(batch.rows)) for memory in self._memory]
                     decode_some = partial(self._decode_some, batch, tensors)
-                    pending.append((batch, tensors, submit_samples(self._pool, decode_some, len(batch.rows))))
+                    tasks = submit_samples(self._pool, decode_some, len(batch.rows), threads=self._threads)
+                    pending.append((batch, tensors, tasks))
                 if not pending:
                     return
                 batch, tensors, tasks = pending.popleft()
