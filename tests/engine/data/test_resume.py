@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,10 +72,10 @@ def test_so_it_does_with_another_order_and_with_bad_samples(make_dataset: Any, b
 
 
 @pytest.fixture(scope="module")
-def alone(dataset: Any) -> Iterator[list[Any]]:
+def alone(dataset: Any) -> list[Any]:
     """Nine batches of one rank, one thread and the least prefetching there is, by the plain decoder."""
     with open_cpu(dataset, "torch", threads=1, prefetch=1) as loader:
-        yield take(loader, 9)
+        return take(loader, 9)
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (2, 3), (5, 2)])
