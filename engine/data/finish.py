@@ -196,18 +196,28 @@ def _blur(images: torch.Tensor, weights: Float32) -> None:
     chosen = np.flatnonzero(weights[:, 0] < 1)
     if len(chosen) == 0:
         return
-    where = torch.from_numpy(chosen).to(images.device)
-    taps = torch.from_numpy(weights[chosen]).to(images.device)[:, :, None, None, None]
-    radius = weights.shape[1] - 1
+    where = None if len(chosen) == len(weights) else torch.from_numpy(chosen).to(images.device)
+    taps = torch.from_numpy(weights[chosen]).to(images.device)[:, :, None, None, None].unbind(1)
+    radius = len(taps) - 1
     size = images.shape[2]
-    blurred = torch.nn.functional.pad(images[where], (radius,) * 4, mode="reflect")
-    for axis in (2, 3):
-        padded = blurred
-        blurred = padded.narrow(axis, radius, size) * taps[:, 0]
-        for step in range(1, radius + 1):
-            for start in (radius - step, radius + step):
-                blurred.addcmul_(padded.narrow(axis, start, size), taps[:, step])
-    images[where] = blurred
+    padded = torch.nn.functional.pad(images if where is None else images[where], (radius,) * 4, mode="reflect")
+    blurred = _weighted_sum(padded, taps, 2, size)
+    if where is None:
+        _weighted_sum(blurred, taps, 3, size, out=images)
+    else:
+        images[where] = _weighted_sum(blurred, taps, 3, size)
+
+
+def _weighted_sum(
+    padded: torch.Tensor, taps: Sequence[torch.Tensor], axis: int, size: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum what lies at up to len(taps) - 1 px along an axis, weighted by the distance's of `taps`."""
+    radius = len(taps) - 1
+    total = torch.mul(padded.narrow(axis, radius, size), taps[0], out=out)
+    for step in range(1, radius + 1):
+        for start in (radius - step, radius + step):
+            total.addcmul_(padded.narrow(axis, start, size), taps[step])
+    return total
 
 
 def _solarise(images: torch.Tensor, solarise: npt.NDArray[np.bool_], changes: Changes) -> None:
