@@ -20,7 +20,6 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from engine.data.batches import Decoded, EncodedBatch
-from engine.data.ect import Int32
 from engine.data.finish import (
     ImageMemory,
     empty_images,
@@ -31,7 +30,7 @@ from engine.data.finish import (
     turn,
 )
 from engine.data.reading import BadSampleError
-from engine.data.views import CropView
+from engine.data.views import CropView, boxes
 
 Source = Callable[[], tuple[Any, ...]]
 
@@ -163,11 +162,11 @@ class DaliDecoder:
                 finish(turn(tensor, batch.windows[number]), batch.changes[number], images[-1])
         if not unfinished:
             return images, []
-        boxes = next(remaining)
-        origins = _boxes(batch)[0]
+        decoded = next(remaining)
+        origins = boxes(batch.windows)[0]
 
         def finish_some(indices: range) -> None:
-            patches = [np.asarray(boxes[index]) for index in indices]
+            patches = [np.asarray(decoded[index]) for index in indices]
             for number in unfinished:
                 finish_samples(
                     self._views[number],
@@ -198,16 +197,9 @@ class DaliDecoder:
         )
 
 
-def _boxes(batch: EncodedBatch) -> tuple[Int32, Int32]:
-    """Return per sample the box around all views' windows: upper left corner and size, int32[n, 2] each (x, y)."""
-    starts = np.min([np.stack([windows.x0, windows.y0], axis=1) for windows in batch.windows], axis=0)
-    ends = [np.stack([windows.x0 + windows.width, windows.y0 + windows.height], axis=1) for windows in batch.windows]
-    return starts, np.max(ends, axis=0) - starts
-
-
 def _inputs(views: tuple[CropView, ...], dali_resizes: bool, batch: EncodedBatch) -> tuple[Any, ...]:
     """Lay out a batch as `_crops` expects it: JPEG streams, positions, boxes, then what the views take, see there."""
-    starts, sizes = _boxes(batch)
+    starts, sizes = boxes(batch.windows)
     per_view: list[Any] = []
     for view, windows in zip(views, batch.windows, strict=True):
         if len(views) > 1 and (view.is_plain or dali_resizes):
@@ -264,8 +256,8 @@ def _crops(source: Source, views: tuple[CropView, ...], on_gpu: bool, dali_resiz
             images.append(_flipped(crop, view, flips))
         else:
             images.append(_resized(crop, view))
-    boxes = [] if dali_resizes or all(view.is_plain for view in views) else [box]
-    return *images, *boxes, positions
+    decoded = [] if dali_resizes or all(view.is_plain for view in views) else [box]
+    return *images, *decoded, positions
 
 
 def _flipped(crop: Any, view: CropView, flips: tuple[Any, Any] | None) -> Any:

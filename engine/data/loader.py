@@ -18,23 +18,29 @@ import numpy.typing as npt
 import torch
 
 from engine.data.ahead import OneAhead, making_thread
+from engine.data.augment import Changes
 from engine.data.batches import Decoded, Decoder, EncodedBatch, PatchBatch
 from engine.data.draws import DRAWS_VERSION
+from engine.data.finish import changes_of
 from engine.data.order import Stream, planned_rows
-from engine.data.reading import Pending, Sample, SampleReader
-from engine.data.views import CropView, draw_view
+from engine.data.reading import Pending, SampleReader
+from engine.data.views import CropView, CropWindows, draw_view
 from sharding.index import Dataset
 
 Rows = npt.NDArray[np.int64]
 
+_DRAWN_TOGETHER = 256  # patches: to draw for so many takes little longer than for one
+
 
 @dataclass(slots=True)
 class _Ahead:
-    """A batch that is being read."""
+    """A batch that is planned, see EncodedBatch, and being read."""
 
     positions: Rows
     rows: Rows
-    present: npt.NDArray[np.bool_] | None = None
+    windows: list[CropWindows]
+    changes: list[Changes]
+    present: npt.NDArray[np.bool_] | None
     reads: list[Pending] = field(default_factory=list)
 
 
@@ -189,20 +195,20 @@ class PatchLoader:
         Ending, not raising, lets a decoder deliver the good batches it already holds.
         """
         pending: deque[_Ahead] = deque()
-        planned = planned_rows(self._stream, self._batch_size_per_rank, self._rank, self._world_size, first=first)
+        planned = self._plans(first)
         try:
             while True:
                 while len(pending) < max(self._read_ahead, self._batches_at_once + 1):
-                    together = [self._ahead(*next(planned)) for _ in range(self._batches_at_once)]
+                    together = list(islice(planned, self._batches_at_once))
                     reads = iter(self._reader.submit(np.concatenate([batch.rows for batch in together])))
                     for batch in together:
                         batch.reads = list(islice(reads, len(batch.rows)))
                     pending.extend(together)
                 batch = pending.popleft()
                 samples = self._reader.collect(batch.reads)
-                # All patches of a region share its position, and with it every draw.
-                per_row = batch.positions.repeat(len(batch.rows) // len(batch.positions))
-                yield self._planned(per_row, batch.rows, samples, batch.present)
+                yield self._repaired(
+                    EncodedBatch(batch.positions, batch.rows, samples, batch.windows, batch.changes, batch.present)
+                )
         except Exception as failure:
             self._failure = failure
         finally:
@@ -210,25 +216,37 @@ class PatchLoader:
                 for read in batch.reads:
                     read.task.cancel()
 
-    def _ahead(self, positions: Rows, rows: Rows) -> _Ahead:
-        """Plan a batch of samples, or of regions, at stream positions."""
+    def _plans(self, first: int) -> Iterator[_Ahead]:
+        """Plan batches from global position `first` on, without end."""
+        planned = planned_rows(self._stream, self._batch_size_per_rank, self._rank, self._world_size, first=first)
+        while True:
+            some = [self._patches(*next(planned))]
+            size = len(some[0][0])
+            some += [self._patches(*next(planned)) for _ in range(_DRAWN_TOGETHER // size - 1)]
+            positions = np.concatenate([positions for positions, _, _ in some])
+            drawn = [
+                draw_view(view, number, seed=self._stream.seed, positions=positions, patch_px=self._reader.patch_px)
+                for number, view in enumerate(self._views)
+            ]
+            for number, (positions, rows, present) in enumerate(some):
+                here = slice(number * size, (number + 1) * size)
+                windows = [CropWindows(*(field[here] for field in windows)) for windows, _ in drawn]
+                yield _Ahead(positions, rows, windows, [changes_of(changes, here) for _, changes in drawn], present)
+
+    def _patches(self, positions: Rows, rows: Rows) -> tuple[Rows, Rows, npt.NDArray[np.bool_] | None]:
+        """Return positions, rows and `present` of the patches of a batch of samples, or of regions."""
         if self._regions is None:
-            return _Ahead(positions, rows)
+            return positions, rows.copy(), None  # a delivered batch must not keep all that was planned with it
         rows = self._regions[rows]
         present = rows >= 0
-        # Decoders want full batches, so another patch of the region stands in for a missing one.
-        return _Ahead(positions, np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1), present)
+        # Decoders want full batches, so another patch of the region stands in for a missing one. All patches of a
+        # region share its position, and with it every draw.
+        filled = np.where(present, rows, rows.max(axis=1, keepdims=True)).reshape(-1)
+        return positions.repeat(rows.shape[1]), filled, present
 
-    def _planned(
-        self, positions: Rows, rows: Rows, samples: list[Sample], present: npt.NDArray[np.bool_] | None
-    ) -> EncodedBatch:
-        patch_px = self._reader.patch_px
-        drawn = [
-            draw_view(view, number, seed=self._stream.seed, positions=positions, patch_px=patch_px)
-            for number, view in enumerate(self._views)
-        ]
-        windows, changes = [windows for windows, _ in drawn], [changes for _, changes in drawn]
-        return EncodedBatch(positions, rows, samples, windows, changes, present)
+    def _repaired(self, batch: EncodedBatch) -> EncodedBatch:
+        """Replace bad samples; here there are none, for `collect` has raised."""
+        return batch
 
 
 def _of_regions(batch: PatchBatch, present: npt.NDArray[np.bool_]) -> PatchBatch:

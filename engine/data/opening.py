@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from engine.data.reading import BadSampleError, Replacement, Sample, SampleReade
 from engine.data.regions import BadSamples, check_views, patches_per_sample, region_classes, region_rows
 from engine.data.selection import Selection, identity, open_datasets, select
 from engine.data.store import DEFAULT_CACHE_BYTES, StoreOptions
-from engine.data.views import CropView
+from engine.data.views import CropView, shown_share
 from engine.data.weighted import Balance, WeightedStream, class_shares
 from engine.runtime import usable_cores
 from sharding.index import Dataset
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 Backend = Literal["auto", "dali", "torch"]
 
 _SUBSTITUTES_TRIED = 8
+_NEARLY_WHOLE = 0.7  # of a patch, see `shown_share`
 
 
 class StreamLoader(PatchLoader):
@@ -108,19 +110,15 @@ class StreamLoader(PatchLoader):
         super()._restart()
         self._planned_replacements.clear()
 
-    def _planned(
-        self,
-        positions: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        samples: list[Sample],
-        present: npt.NDArray[np.bool_] | None,
-    ) -> EncodedBatch:
-        rows, samples = rows.copy(), list(samples)
-        present = None if present is None else present.copy()
+    def _repaired(self, batch: EncodedBatch) -> EncodedBatch:
+        if all(sample.fault is None for sample in batch.samples):
+            return batch
+        rows, samples = batch.rows.copy(), list(batch.samples)
+        present = None if batch.present is None else batch.present.copy()
         for place, sample in enumerate(samples):
             if sample.fault is None:
                 continue
-            position = int(positions[place])
+            position = int(batch.positions[place])
             if present is None:
                 rows[place], samples[place] = self._substitute(position, sample.fault)
                 self._note(position, sample.fault, int(rows[place]))
@@ -136,7 +134,7 @@ class StreamLoader(PatchLoader):
                 rows[place], samples[place] = self._substitute(position, sample.fault)
             else:
                 rows[place], samples[place] = rows[good], samples[good]
-        return super()._planned(positions, rows, samples, present)
+        return replace(batch, rows=rows, samples=samples, present=present)
 
     def _note(self, position: int, fault: BadSampleError, substitute: int | None) -> None:
         self._planned_replacements[position, fault.row] = Replacement(position, fault.row, substitute, fault)
@@ -184,12 +182,13 @@ def open_loader(
     Of a region (views of `region`) nothing is put in place of a bad patch: it is absent, as one that was never stored,
     and reported. A store that cannot be reached raises StoreError in either case.
 
-    backend: "dali", "torch", or "auto", which takes DALI where it can be imported. device: where images are delivered;
-    "auto" is the current CUDA device where there is one, else the CPU. threads: for decoding; by default the cores
-    this process may use, at most 16. prefetch: batches that are decoded ahead, and one more on a CPU; one
-    more is read. Neither changes what
-    is delivered. Raises ValueError for what cannot work (a crop larger than the patches, a rank that does not exist)
-    and ImportError for a named backend that is missing, both before any thread starts.
+    backend: "dali", "torch", or "auto", which takes DALI where it can be imported and has something to gain: on the
+    CPU, where DALI neither resizes nor changes colours, not if all views do and show nearly whole patches. device:
+    where images are delivered; "auto" is the current CUDA device where there is one, else the CPU. threads: for
+    decoding; by default the cores this process may use, at most 16. prefetch: batches that are decoded ahead, and one
+    more on a CPU; one more is read. Neither changes what is delivered. Raises ValueError for what cannot work (a crop
+    larger than the patches, a rank that does not exist) and ImportError for a named backend that is missing, both
+    before any thread starts.
     """
     given = [dataset] if isinstance(dataset, Dataset | Path | str) else dataset
     datasets = open_datasets(given, store_options=store_options, cache=cache, cache_bytes=cache_bytes)
@@ -275,6 +274,10 @@ def _make_decoder(
 ) -> Decoder:
     if backend not in ("auto", "dali", "torch"):
         raise ValueError(f"backend is {backend!r}; it has to be 'auto', 'dali' or 'torch'")
+    # Where DALI would only decode, and that nearly whole patches, it costs more than it saves: a tenth for DINO views.
+    only_decodes = device.type == "cpu" and not any(view.is_plain for view in views)
+    if backend == "auto" and only_decodes and shown_share(views, reader.patch_px) > _NEARLY_WHOLE:
+        backend = "torch"
     if backend != "torch":
         try:
             from engine.data.dali_loader import DaliDecoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
@@ -158,6 +159,23 @@ def draw_view(
         view.augment, draws[:, CROP_DRAWS:], normalise=view.output != "uint8", mean=view.mean, std=view.std
     )
     return crop_windows(view, draws, patch_px, patch_px), changes
+
+
+def boxes(windows: Sequence[CropWindows]) -> tuple[Int32, Int32]:
+    """Return per sample the box around all views' windows: upper left corner and size, int32[n, 2] each (x, y)."""
+    starts = np.min([np.stack([each.x0, each.y0], axis=1) for each in windows], axis=0)
+    ends = [np.stack([each.x0 + each.width, each.y0 + each.height], axis=1) for each in windows]
+    return starts, np.max(ends, axis=0) - starts
+
+
+def shown_share(views: Sequence[CropView], patch_px: int) -> float:
+    """Return the mean share of a patch's area that the box around all views' windows has, of a few hundred draws."""
+    positions = np.arange(256)
+    drawn = [
+        draw_view(view, number, seed=0, positions=positions, patch_px=patch_px) for number, view in enumerate(views)
+    ]
+    _, sizes = boxes([windows for windows, _ in drawn])
+    return float(sizes.prod(axis=1).mean() / patch_px**2)
 
 
 def dino_views(

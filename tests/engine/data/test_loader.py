@@ -14,7 +14,7 @@ import pytest
 import simplejpeg
 import torch
 
-from engine.data import CropView, SampleStream, open_loader
+from engine.data import CropView, Ect, SampleStream, dino_views, open_loader
 from engine.data.draws import uniforms
 from engine.data.views import CROP_DRAWS, crop_windows
 
@@ -188,6 +188,28 @@ def test_a_missing_gpu_is_said_and_auto_takes_the_cpu(dataset: Any) -> None:
     with open_loader(dataset.path, batch_size_per_rank=2, views=[UINT8]) as loader:
         assert loader.device == torch.device("cpu")
         assert loader.backend == "dali"
+
+
+@pytest.mark.parametrize(
+    ("views", "chosen"),
+    [
+        (dino_views(40, 24, num_small=2), "torch"),  # together they show nearly all of a patch
+        ([CropView(16, ect=Ect())], "dali"),  # decoding little of it pays
+        ([*dino_views(40, 24, num_small=2), UINT8], "dali"),  # DALI finishes the plain view
+    ],
+    ids=["whole", "part", "plain"],
+)
+def test_auto_leaves_out_dali_where_it_could_only_decode_whole_patches(
+    dataset: Any, views: list[CropView], chosen: str
+) -> None:
+    batches = {}
+    for backend in ("auto", "dali", "torch"):
+        with open_loader(dataset.path, batch_size_per_rank=5, views=views, backend=backend, device="cpu") as loader:
+            assert loader.backend == (chosen if backend == "auto" else backend)
+            batches[backend] = next(loader).images
+    for images, by_dali, by_torch in zip(*batches.values(), strict=True):
+        assert torch.equal(images, by_dali)
+        assert torch.equal(images, by_torch)
 
 
 def test_a_named_backend_never_falls_back(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
