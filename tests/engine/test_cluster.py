@@ -318,6 +318,7 @@ def test_workers_on_ray_pass_over_what_they_began_with_when_they_collect_garbage
     here, jobs = gc.get_freeze_count(), deque([gc.get_freeze_count, gc.get_freeze_count])
     during = []
     for done in fan_out_to_workers(lambda number: operator.call, jobs, workers=1, cores=1, gpus=0):
+        assert isinstance(done.result, int)
         assert done.result > 1000
         during.append(gc.get_freeze_count())
     assert min(during) > 1000
