@@ -346,21 +346,23 @@ def _header_name(data: bytes, length: int) -> bytes | None:
 
 
 def jpeg_size(data: bytes | memoryview, start: int = 0) -> tuple[int, int] | None:
-    """Return (width, height) in px from a JPEG stream's frame header, None where there is no such header.
+    """Return (width, height) in px from a JPEG stream's frame header, None where its headers end before any pixels.
 
-    The stream begins at data[start]. Only markers are walked, which is far cheaper than asking a decoder.
+    The stream begins at data[start]. Only markers are walked, which is far cheaper than asking a decoder. They are
+    walked to the first scan: a stream that breaks off before can end DALI's process.
     """
     if data[start : start + 2] != b"\xff\xd8":
         return None
-    at = start + 2
+    at, size = start + 2, None
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOFn; those three are DHT, JPG and DAC
-            return int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7])
-        elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame header
-            return None
+            size = int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7])
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        elif marker in (0xD9, 0xDA):  # the end; a scan, before which a frame header has to be
+            return size if marker == 0xDA else None
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return None

@@ -161,5 +161,8 @@ def test_jpeg_size_reads_headers_and_refuses_what_is_none(paint: Any) -> None:
     assert jpeg_size(b"12345" + jpeg, 5) == (48, 48)
     with_comment = jpeg[:2] + b"\xff\xfe\x00\x06abcd" + b"\xff" + jpeg[2:]
     assert jpeg_size(with_comment) == (48, 48)
-    for broken in (b"", b"\xff\xd8", jpeg[:30], b"PNG" + jpeg, bytes(600), b"\xff\xd8" + bytes(600)):
+    before_any_pixels = jpeg[:400] + b"\xff\xd9"  # its frame header is there
+    assert b"\xff\xc0" in before_any_pixels
+    assert b"\xff\xda" not in before_any_pixels
+    for broken in (b"", before_any_pixels, b"\xff\xd8", jpeg[:30], b"PNG" + jpeg, bytes(600), b"\xff\xd8" + bytes(600)):
         assert jpeg_size(broken) is None
