@@ -230,13 +230,22 @@ class _Actor:
 
 
 def _spare_what_is_there() -> None:
-    """Let the garbage collector pass over what is there already, until `gc.unfreeze`.
+    """Let the garbage collector pass over what is there already.
 
     While an actor waits for room, as one does after a node's death, Ray has every process of the cluster collect its
     garbage, all of them at once and every ten seconds: with torch imported that is 0.4 s of a core each time.
     """
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def _sparing_what_is_there() -> Iterator[None]:
+    _spare_what_is_there()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _to_actors(
@@ -247,7 +256,7 @@ def _to_actors(
     gpus: int,
     address: str | None,
 ) -> Iterator[Finished[JobT, ResultT]]:
-    with _cluster(None, address) as ray:
+    with _cluster(None, address) as ray, _sparing_what_is_there():
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0, max_concurrency=AT_ONCE)(_Actor)
         total = ray.cluster_resources()
         room = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cores
@@ -260,7 +269,6 @@ def _to_actors(
         slots = [Slot[JobT](None) for _ in range(min(workers or max(1, int(room)), len(queue)))]
         for slot in slots:
             begin(slot)
-        _spare_what_is_there()
         waiting: Jobs[JobT] = Jobs(queue)
         while waiting.left or any(slot.running for slot in slots):
             while (found := waiting.next_for(slots)) is not None:
@@ -332,4 +340,3 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
-            gc.unfreeze()
