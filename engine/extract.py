@@ -111,7 +111,8 @@ def dry_run(recipe: ExtractRecipe, *, address: str | None = None) -> dict[str, A
     tasks, unusable = slide_tasks(recipe, source, None)
     known, todo = divide(recipe.out, tasks) if recipe.out.is_dir() else (set(), tasks)
     patches = sum(task.patches for task in todo)
-    rows = patches if spec.side is None else -(-patches // spec.side**2)
+    # A region has patches of one slide alone.
+    rows = patches if spec.side is None else sum(-(-task.patches // spec.side**2) for task in todo)
     values = sum(functools.reduce(int.__mul__, shape, 1) for shape in shapes.values())
     return {
         "dry_run": True,

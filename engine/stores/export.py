@@ -134,7 +134,7 @@ def _check(slide: SlideEmbeddings, format: str, array: str) -> None:
     shapes = {name: slide.shape(name) for name in slide.names}
     if len(shapes.get(array, ())) not in fits:
         found = f"{array} is {list(shapes[array])}" if array in shapes else f"there is no array {array}"
-        others = [name for name, shape in shapes.items() if len(shape) in fits and name != "xy0"]
+        others = [name for name, shape in shapes.items() if len(shape) in fits and name not in ("xy0", "present")]
         advice = f"give --array {' or '.join(others)}" if others else "no array of the store fits, use another format"
         raise ValueError(
             f"slide {slide.slide_id}: {found}, {format} takes {' or '.join(map(str, fits))} dimensions: {advice}."

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine import extract
 from engine.extraction.regions import grouped
 from engine.stores import open_store
 from models.hipt import HIPT4K
@@ -41,6 +42,17 @@ def _whole_regions(patches: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int
                     present[i, j] = True
         found[down, across] = pixels, present
     return found
+
+
+def test_a_dry_run_reckons_with_regions_of_one_slide_each(
+    regions_of: Path, make_extract: Any, plain: Any, tmp_path: Path
+) -> None:
+    result = extract.dry_run(
+        make_extract(tmp_path / "store", *ENCODER, "outputs=global", dataset=regions_of, recipe="extract/hipt_4k")
+    )
+    least = sum(-(-len(patches) // SIDE**2) for patches in plain.stored_patches(regions_of).values())
+    assert result["bytes"] == least * result["embedding"][0] * 2
+    assert least > -(-result["patches"] // SIDE**2)  # else this would not tell it from regions across slides
 
 
 @pytest.mark.parametrize("partial", ["mask", "pad", "drop"])

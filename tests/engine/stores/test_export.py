@@ -308,7 +308,7 @@ def test_another_export_is_not_overwritten_unasked(store: Path, tmp_path: Path) 
         ({"format": "npz"}, "--format npz: expected hipt_pt, hipt_region_pt, clam_h5, parquet"),
         ({"format": "hipt_pt", "order": "x"}, "--order x: expected store or name"),
         ({"format": "hipt_region_pt"}, r"embedding is \[30, 6\], .* 3 dimensions: give --array local"),
-        ({"format": "clam_h5", "array": "local"}, r"local is \[30, 4, 3\].*give --array embedding or present"),
+        ({"format": "clam_h5", "array": "local"}, r"local is \[30, 4, 3\].*give --array embedding\."),
         ({"format": "clam_h5", "array": "x"}, "there is no array x"),
         ({"format": "parquet", "slides": ["one", "two"]}, r"has no slide two \(1 of 2 unknown\)"),
         ({"format": "parquet", "slides": []}, "no slide to export"),
