@@ -233,7 +233,7 @@ def _spare_what_is_there() -> None:
     """Let the garbage collector pass over what is there already.
 
     While an actor waits for room, as one does after a node's death, Ray has every process of the cluster collect its
-    garbage, all of them at once and every ten seconds: with torch imported that is 0.4 s of a core each time.
+    garbage, all of them at once and every ten seconds: with torch imported that is about 0.3 s of a core each.
     """
     gc.collect()
     gc.freeze()
