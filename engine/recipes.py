@@ -160,7 +160,9 @@ class TrainRecipe(Recipe):
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of process tokens that is masked")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, sample order, crops and masks")
     processes: int | Literal["auto"] = Field("auto", description="ranks; auto is one per visible GPU, else one")
-    loader: Literal["auto", "dali", "torch"] = Field("auto", description="auto is DALI where that gains; a named loader never falls back")
+    loader: Literal["auto", "dali", "torch"] = Field(
+        "auto", description="auto is DALI where that gains; a named loader never falls back"
+    )
     cache: Place | None = Field(
         None, description="folder on a local disk for what is read from an object store; null is below ~/.cache"
     )
